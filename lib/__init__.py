@@ -1,6 +1,7 @@
 """Proof & Probe: the small library under the book.
 
-Rooms, from the ground up: `models` and `tasks`; `metrics` (pure functions of tensors and numbers); `training` and
-`sweeps` (runs); `evidence` (what was measured, by what, and the verdict) and `figures`; `pipeline` (chapters to book).
-Imports point one way, from the later rooms to the earlier ones. Nothing here knows a chapter.
+Rooms, from the ground up: `models` and `tasks`; `metrics` (pure functions of tensors and numbers); `training`
+and `sweeps` (runs); `experiments` (one run, one row); `evidence` (what was measured, by what, and the verdict)
+and `figures`; `pipeline` (chapters to book). Imports point one way, from later rooms to earlier ones.
+Nothing here knows a chapter.
 """

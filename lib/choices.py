@@ -27,7 +27,7 @@ def check_choice(kind: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def resolve_device(name: str) -> str:
-    """The torch device behind `name`: "auto" takes CUDA, then MPS, then CPU. "cuda:1" names one GPU of several.
+    """The torch device behind `name`: "auto" takes CUDA, then MPS, then CPU; "cuda:1" names one GPU of many.
 
     Raises ValueError for an unknown name, and for a device this machine does not have.
     """
@@ -45,5 +45,5 @@ def resolve_device(name: str) -> str:
     if not has[family]:
         raise ValueError(f"device {name!r} is not available on this machine; use 'cpu' or 'auto'")
     if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} does not exist; this machine has {torch.cuda.device_count()} GPU(s)")
+        raise ValueError(f"no device {name!r}: this machine has {torch.cuda.device_count()} GPU(s)")
     return str(name)

@@ -1,0 +1,1 @@
+"""One run, one row: functions (settings, *, seed, scratch=None) -> dict, for `lib.sweeps.run_sweep`."""
