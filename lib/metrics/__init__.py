@@ -1,0 +1,1 @@
+"""Pure functions from tensors or numbers to numbers: bounds, shattering, communication, the frontier."""
