@@ -1,0 +1,113 @@
+"""`python -m lib.evidence check | figure FILE | ledger`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+from lib.evidence import ledger, rows
+from lib.evidence.claims import load_claims
+from lib.evidence.files import EvidenceError, named
+from lib.paths import BOOK, BUILD, EVIDENCE, ROOT
+
+
+def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.evidence", description="Look after claims and evidence."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "check", help="compare every line of evidence with its digest, and the claims with the tests"
+    )
+    commands.add_parser("figure", help="print where a figure comes from").add_argument("file", type=Path)
+    commands.add_parser("ledger", help="write build/claims.json and say how the claims stand")
+    asked = parser.parse_args(argv)
+    if asked.command == "check":
+        return check(root)
+    if asked.command == "figure":
+        return figure(asked.file)
+    return show_ledger()
+
+
+def check(root: Path = ROOT) -> int:
+    """Print what every file of rows holds, and every problem with its remedy. 0 if there is none, else 1."""
+    problems = _claim_problems(root)
+    folders = [root / path.relative_to(ROOT) for path in (EVIDENCE, BUILD / "evidence")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*.jsonl")):
+        found = rows.read(path, damaged="collect")
+        failed = sum("failed" in row for row in found.rows)
+        torn = "; an unfinished last line, which the next append removes" if found.torn else ""
+        print(f"{named(path, root)}: {len(found.rows)} rows, {failed} of them failed{torn}")
+        problems += [f"{named(path, root)}, line {damage.line}: {damage.why}" for damage in found.damaged]
+        if found.damaged:
+            problems.append(rows.remedy(path))
+    for problem in problems:
+        print(f"PROBLEM {problem}", file=sys.stderr)
+    print(f"{len(problems)} problems." if problems else "No problems.")
+    return 1 if problems else 0
+
+
+def _claim_problems(root: Path) -> list[str]:
+    try:
+        claims = load_claims(root / "book/claims.toml")
+    except EvidenceError as error:
+        return [str(error)]
+    print(f"book/claims.toml: {len(claims)} claims")
+    problems = [
+        f"book/claims.toml, {claim.id}: there is no {test}"
+        for claim in claims.values()
+        for test in claim.tests
+        if not _exists(root, test)
+    ]
+    references = root / BOOK.relative_to(ROOT) / "references.bib"
+    keys = (
+        set(re.findall(r"@\w+\{([^,\s]+),", references.read_text(encoding="utf-8")))
+        if references.exists()
+        else set()
+    )
+    return problems + [
+        f"book/claims.toml, {claim.id}: references.bib has no {claim.source!r}"
+        for claim in claims.values()
+        if claim.source not in keys | {"ours"}
+    ]
+
+
+def _exists(root: Path, test: str) -> bool:
+    file, _, name = test.partition("::")
+    if not (root / file).is_file():
+        return False
+    tree = ast.parse((root / file).read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
+
+
+def figure(file: Path) -> int:
+    """Print the provenance inside a figure file. 0, or 1 if there is none."""
+    from lib.figures import read_provenance  # here: the other commands have no need of matplotlib
+
+    try:
+        print(json.dumps(read_provenance(file), indent=2, sort_keys=True))
+    except (OSError, ValueError, SyntaxError) as error:
+        print(f"{file}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def show_ledger() -> int:
+    """Print a line a claim and what is missing. 0 whatever the verdicts, 1 if the claims cannot be read."""
+    try:
+        entries = ledger.build()
+    except EvidenceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for entry in entries:
+        print(f"{entry['verdict']:14} {entry['profile'] or '–':9} {entry['id']}")
+    print(ledger.missing(entries).replace("`", "") or f"All {len(entries)} claims have a verdict.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
