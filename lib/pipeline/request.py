@@ -1,0 +1,140 @@
+"""What the reader asked for, checked before anything runs: every mistake at once, with the nearest match."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+from dataclasses import dataclass
+
+from lib.choices import DEVICES, PROFILES, check_choice, resolve_device
+from lib.pipeline.layout import Chapter, Layout
+
+
+class RequestError(ValueError):
+    """The request cannot be carried out. `problems` lists every reason, one sentence each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chapter to execute, with the parameters that differ from those written in it."""
+
+    chapter: Chapter
+    profile: str
+    parameters: dict
+
+
+def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> list[Job]:
+    """The chapters to execute and their parameters; `chapter` None stands for all of them.
+
+    With all chapters, a parameter goes to those that have it; at least one must.
+    Raises RequestError with every mistake found: chapter, profile, parameter names, device, pages.
+    """
+    problems = [f"_toc.yml names {page!r}, but there is no {page}.md or {page}.ipynb"
+                for page in layout.missing_pages()]  # fmt: skip
+    given, malformed = parse(params)
+    problems += malformed
+    problems += _choice("profile", profile, PROFILES)
+    if chapter is not None:
+        problems += _choice("chapter", chapter, layout.chapters)
+    elif not layout.chapters:
+        problems.append("_toc.yml names no notebook: there is no chapter to execute")
+    chosen = [c for c in layout.chapters.values() if chapter in (None, c.name)]
+    known = {c.name: parameters_of(c) for c in chosen}
+    problems += _parameter_problems(chapter, known, given)
+    if "device" in given:
+        problems += _device(str(given["device"]), check_machine=not problems)
+    if chapter in known and "profile" not in known[chapter] and profile != PROFILES[0]:
+        problems.append(f"chapter {chapter!r} has no parameter 'profile': it takes no PROFILE={profile}")
+    if problems:
+        raise RequestError(problems)
+    return [Job(c, profile, _differing({**given, "profile": profile}, known[c.name])) for c in chosen]
+
+
+def parse(text: str) -> tuple[dict, list[str]]:
+    """`a=1 b=two c='x y'` -> the values by name, and a sentence for each piece that is no such pair.
+
+    Values are read as Python literals; what is none (two, path/to/model, cuda:1) is a string, and
+    true, false, none and null mean what they say.
+
+    >>> parse("n=8 rate=1e-3 model=a/b.gguf compile=false")
+    ({'n': 8, 'rate': 0.001, 'model': 'a/b.gguf', 'compile': False}, [])
+    >>> parse("n=8 oops")[1]
+    ["PARAMS: 'oops' is not a pair name=value"]
+    """
+    try:
+        pieces = shlex.split(text)
+    except ValueError as error:
+        return {}, [f"PARAMS: {error} in {text!r}"]
+    values: dict = {}
+    problems = []
+    for piece in pieces:
+        name, equals, value = piece.partition("=")
+        if not equals or not name.isidentifier():
+            problems.append(f"PARAMS: {piece!r} is not a pair name=value")
+        elif name == "profile":
+            problems.append("PARAMS: give the profile as PROFILE=…, not in PARAMS")
+        elif name in values:
+            problems.append(f"PARAMS: {name!r} is given twice")
+        else:
+            values[name] = _typed(value)
+    return values, problems
+
+
+def parameters_of(chapter: Chapter) -> dict[str, str]:
+    """Names and default values (as source text) of the chapter's `parameters` cell; empty without one."""
+    import papermill  # here, since it takes a second and a misspelt profile needs none of it
+
+    return {p["name"]: p["default"] for p in papermill.inspect_notebook(str(chapter.path)).values()}
+
+
+def _typed(text: str) -> object:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (bool, int, float, str, list, dict)) else text
+
+
+def _choice(kind: str, value: str, allowed) -> list[str]:
+    try:
+        check_choice(kind, value, allowed)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _device(name: str, *, check_machine: bool) -> list[str]:
+    """Spelling first; whether the machine has the device takes torch, so only if all else is well."""
+    problems = _choice("device", name.partition(":")[0], DEVICES)
+    if problems or not check_machine or name == "auto":
+        return problems
+    try:
+        resolve_device(name)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _parameter_problems(chapter: str | None, known: dict[str, dict], given: dict) -> list[str]:
+    if not known:  # an unknown chapter, reported already
+        return []
+    if chapter is not None and given and not known[chapter]:
+        return [f"chapter {chapter!r} has no cell tagged 'parameters': it takes no PARAMS"]
+    allowed = sorted({name for names in known.values() for name in names} - {"profile"})
+    return [problem for name in given for problem in _choice("parameter", name, allowed)]
+
+
+def _differing(given: dict, defaults: dict[str, str]) -> dict:
+    """Parameters to inject: those the chapter has, unless the value is already the one written there."""
+    return {
+        name: value
+        for name, value in given.items()
+        if name in defaults and repr(_typed(defaults[name])) != repr(value)
+    }
