@@ -2,6 +2,6 @@
 
 Rooms, from the ground up: `models` and `tasks`; `metrics` (pure functions of tensors and numbers); `training`
 and `sweeps` (runs); `experiments` (one run, one row); `evidence` (what was measured, by what, and the verdict)
-and `figures`; `pipeline` (chapters to book). Imports point one way, from later rooms to earlier ones.
-Nothing here knows a chapter.
+and `figures`; `pipeline` (chapters to book). Imports point one way, from later rooms to earlier. Nothing
+here knows a chapter.
 """

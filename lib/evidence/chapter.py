@@ -220,6 +220,17 @@ class Chapter:
         items = "".join(f"<li>{inline_html(line)}</li>" for line in lines)
         return Display("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
 
+    def sentences(self, said: Mapping[str, str]) -> Table:
+        """What one may say in a meeting, each sentence beside the verdict on its claim.
+
+        said: claim id -> sentence. Raises ValueError on a claim without a verdict, or of another chapter.
+        """
+        best = self._best()
+        for claim_id in said:
+            check_choice("claim with a verdict", claim_id, best)
+        table = [[text, f"`{claim_id}`", badge(best[claim_id].verdict)] for claim_id, text in said.items()]
+        return show(pd.DataFrame(table, columns=["sentence", "claim", "verdict"]))
+
     def verdicts(self) -> Table:
         """Every verdict so far: ours beside the paper's, interval, n, control, and the profile behind it."""
         columns = ["claim", "verdict", "paper", "ours", "interval", "n", "control", "unit", "from", "note"]

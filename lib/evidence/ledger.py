@@ -147,7 +147,8 @@ def _link(entry: dict, book: Path) -> str:
 
 
 def _paper(entry: dict) -> str:
-    where = "ours, unrefereed" if entry["source"] == "ours" else f"{{cite}}`{entry['source']}`"
+    mark = ", unrefereed" if entry["unrefereed"] else ""
+    where = f"ours{mark}" if entry["source"] == "ours" else f"{{cite}}`{entry['source']}`"
     value = "" if entry["paper_value"] is None else f"{number(entry['paper_value'])} – "
     return f"{value}{where}, {entry['locator']}"
 

@@ -333,3 +333,12 @@ def test_a_verdict_shows_the_numbers_that_made_it(chapter):
     said = verdict._repr_mimebundle_()["text/plain"]
     assert said.startswith("accuracy: 0.953 [0.91, 0.99], n = 30,000; holds if >= 0.9; control 0.125")
     assert "profile `quick`" in said
+
+
+def test_a_sentence_for_a_meeting_stands_beside_the_verdict_on_its_claim(chapter):
+    book = chapter()
+    with pytest.raises(ValueError, match="unknown claim with a verdict 'toy/built'"):
+        book.sentences({"toy/built": "It can be built."})
+    book.settle("toy/built", book.live, 3, n=27, control=1)
+    [row] = book.sentences({"toy/built": "It can be built."}).frame.to_dict("records")
+    assert row["sentence"] == "It can be built." and "not supported" in row["verdict"]
