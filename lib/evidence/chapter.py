@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from lib.evidence.claims import Claim, load_claims
 from lib.evidence.code import code_digest
 from lib.evidence.experiment import Experiment, Source
 from lib.evidence.files import EvidenceError, write_atomically
-from lib.evidence.tables import Display, Table, badge, inline_html, show
+from lib.evidence.tables import VERDICTS, Display, Table, badge, inline_html, show
 from lib.evidence.verdict import Verdict, decide, strongest
 from lib.paths import BUILD, EVIDENCE
 
@@ -87,12 +88,11 @@ class Chapter:
     @property
     def claims(self) -> Table:
         """The chapter's claims, as declared."""
-        columns = ["claim", "statement", "kind", "source", "decided by", "holds if", "control"]
         table = [
-            [f"`{c.id}`", c.says, c.kind, _cited(c), c.quantity, str(c.holds), _control(c)]
+            [f"`{c.slug}`, {c.kind}: {c.says}", f"{c.quantity} {c.holds}", _control(c), _cited(c)]
             for c in self._claims.values()
         ]
-        return show(pd.DataFrame(table, columns=columns))
+        return show(pd.DataFrame(table, columns=["claim", "holds if", "control", "source"]))
 
     @property
     def live(self) -> Source:
@@ -211,8 +211,14 @@ class Chapter:
             raise ValueError(f"{claim.id}: say why it was not attempted")
         return self._keep(claim, self.live, "not attempted", reason.strip())
 
+    def summary(self) -> Display:
+        """How all claims came out, in one line; for the top of the page, through glue."""
+        found = Counter(verdict.verdict for verdict in self._best().values())
+        text = " ".join(f"{badge(v)} × {found[v]}" for v in VERDICTS if found[v])
+        return Display(text, inline_html(text))
+
     def badges(self) -> Display:
-        """The claims with the strongest verdict on each, as a list; for the top of the page, through glue."""
+        """The claims with the strongest verdict on each, as a list; through glue."""
         best = self._best()
         lines = [
             f"{badge(best[key].verdict)} {claim.says}" for key, claim in self._claims.items() if key in best
@@ -232,18 +238,14 @@ class Chapter:
         return show(pd.DataFrame(table, columns=["sentence", "claim", "verdict"]))
 
     def verdicts(self) -> Table:
-        """Every verdict so far: ours beside the paper's, interval, n, control, and the profile behind it."""
-        columns = ["claim", "verdict", "paper", "ours", "interval", "n", "control", "unit", "from", "note"]
-        table = []
-        for claim in self._claims.values():
-            for v in (v for (key, _), v in self._verdicts.items() if key == claim.id):
-                note = " ".join(filter(None, [v.reason, v.note]))
-                paper = "–" if claim.paper_value is None else claim.paper_value
-                table.append(
-                    [f"`{v.claim}`", badge(v.verdict), paper, v.value, v.interval, v.n, v.control,
-                     "–" if v.unit == "1" else v.unit,
-                     f"{v.profile}, {v.recorded}", note]
-                )  # fmt: skip
+        """Every verdict so far, ours beside the paper's value, with the profile it came from."""
+        table = [
+            [f"`{c.slug}`", badge(v.verdict), c.paper_value, v.numbers(), f"{v.profile}, {v.recorded}"]
+            for c in self._claims.values()
+            for (key, _), v in self._verdicts.items()
+            if key == c.id
+        ]
+        columns = ["claim", "verdict", "the paper says", "we found", "from"]
         return show(pd.DataFrame(table, columns=columns, dtype=object))
 
     def close(self) -> None:

@@ -110,6 +110,11 @@ class Claim:
         return self.id.partition("/")[0]
 
     @property
+    def slug(self) -> str:
+        """The id within the chapter."""
+        return self.id.partition("/")[2]
+
+    @property
     def declaration(self) -> str:
         """Digest of what decides the verdict: a verdict that carries another one is on another claim."""
         parts = [self.kind, self.quantity, self.unit, str(self.holds), str(self.control_holds)]

@@ -61,11 +61,16 @@ def counts(chapter: str, **where) -> dict[str, int]:
 def table(entries: list[dict] | None = None, *, book: Path = BOOK) -> Table:
     """The ledger as a table: claim, statement, kind, the paper's value, ours, verdict, profile and date."""
     entries = build() if entries is None else entries
-    columns = ["claim", "statement", "kind", "the paper says", "we found", "verdict", "from"]
     rows = [
-        [_link(e, book), e["statement"], e["kind"], _paper(e), _ours(e), badge(e["verdict"]), _origin(e)]
+        [
+            f"{_link(e, book)}, {e['kind']}: {e['statement']}",
+            _paper(e),
+            _ours(e),
+            f"{badge(e['verdict'])} {_origin(e)}",
+        ]
         for e in entries
     ]
+    columns = ["claim", "the paper says", "we found", "verdict"]
     return show(pd.DataFrame(rows, columns=columns, dtype=object))
 
 

@@ -45,19 +45,23 @@ class Verdict:
         found = asdict(self)
         return found | {"interval": list(self.interval) if self.interval else None}
 
-    def sentence(self) -> str:
-        """Quantity, value, interval, n, threshold, control and reason, as MyST."""
+    def numbers(self) -> str:
+        """Value, interval, n, control and what is to be said about them, as MyST; or only the reason."""
         if self.verdict == "not attempted":
-            return f"{self.reason} (profile `{self.profile}`)"
+            return self.reason
         unit = "" if self.unit == "1" else f" {self.unit}"
         interval = f" {number(self.interval)}" if self.interval else ""
         counted = f", n = {number(self.n)}" if self.n else ""
         control = "" if self.control is None else f"; control {number(self.control)}"
-        note = f" {self.note}" if self.note else ""
-        return (
-            f"{self.quantity}: {number(self.value)}{interval}{unit}{counted}; holds if {self.holds}{control} "
-            f"(profile `{self.profile}`). {self.reason}{note}"
-        )
+        found = f"{number(self.value)}{interval}{unit}{counted}{control}."
+        return " ".join(filter(None, [found, self.reason, self.note]))
+
+    def sentence(self) -> str:
+        """The claim, the quantity with its threshold, and the numbers, as MyST."""
+        slug = self.claim.partition("/")[2]
+        if self.verdict == "not attempted":
+            return f"`{slug}` (profile `{self.profile}`): {self.reason}"
+        return f"`{slug}` (profile `{self.profile}`): {self.quantity}, claimed {self.holds}: {self.numbers()}"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         text = f"{badge(self.verdict)} {self.sentence()}"

@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import torch
 
 from lib.choices import check_choice
+from lib.tasks.function_composition import FunctionComposition, Indexing
+from lib.tasks.sum2 import Sum2
 
 SCORES = ("uniform", "query", "matrix")
 LEAST_MARGIN = 1e-4              # |f| / ||v|| that counts as a sign, far above float64 rounding
@@ -127,6 +130,29 @@ def sum2_rows(n: int, M: int) -> ShatteringSet:
     columns = np.full((2**r, n - 1), r + 1, dtype=np.int64)
     columns[:, :r] = np.where(labels, M - rows, r + 1)
     return ShatteringSet((0,), rows[:, None], tuple(range(1, n)), columns, labels)
+
+
+def composition_labels(n: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Comp_n as a Boolean function of words (B, 2n + 1): is h(g(x)) = 0? By the task's own definition."""
+    task = FunctionComposition(n)
+
+    def label(words: np.ndarray) -> np.ndarray:
+        word = torch.from_numpy(words)
+        return (task.answer(word[:, :n], word[:, n : 2 * n], word[:, -1]) == 0).numpy()
+
+    return label
+
+
+def index_labels(n: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Ind_n as a Boolean function of words (B, 1 + n), g(0) and then h with values in {0, 1}."""
+    task = Indexing(n)
+    return lambda words: task.answer(torch.from_numpy(words[:, 0]), torch.from_numpy(words[:, 1:])).numpy()
+
+
+def sum2_labels(n: int, M: int) -> Callable[[np.ndarray], np.ndarray]:
+    """SUM2[n, M] as a Boolean function of words (B, n), by the task's own definition."""
+    task = Sum2(n, M)
+    return lambda words: task.answer(torch.from_numpy(words)).numpy()
 
 
 def labelling_errors(rows: ShatteringSet, f: Callable[[np.ndarray], np.ndarray]) -> int:

@@ -331,8 +331,8 @@ def test_a_verdict_shows_the_numbers_that_made_it(chapter):
     toy = chapter()
     verdict = toy.settle("toy/measured", toy.live, 0.953, interval=(0.91, 0.99), n=30_000, control=0.125)
     said = verdict._repr_mimebundle_()["text/plain"]
-    assert said.startswith("accuracy: 0.953 [0.91, 0.99], n = 30,000; holds if >= 0.9; control 0.125")
-    assert "profile `quick`" in said
+    numbers = "0.953 [0.91, 0.99], n = 30,000; control 0.125."
+    assert said == f"`measured` (profile `quick`): accuracy, claimed >= 0.9: {numbers}"
 
 
 def test_a_sentence_for_a_meeting_stands_beside_the_verdict_on_its_claim(chapter):

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,33 +14,19 @@ import lib.metrics.shattering as module
 from lib.experiments.shattering import shatter
 from lib.metrics.shattering import (
     SCORES,
+    composition_labels,
     composition_rows,
     excluded_by_means,
+    index_labels,
     labelling_errors,
     parameters,
     radon_relation,
     search,
     split_vc,
+    sum2_labels,
     sum2_rows,
     vc_dimension,
 )
-from lib.tasks.function_composition import FunctionComposition, Indexing
-from lib.tasks.sum2 import Sum2
-
-
-def indexing(n):
-    return lambda words: Indexing(n).answer(torch.tensor(words[:, 0]), torch.tensor(words[:, 1:])).numpy()
-
-
-def composition_is_zero(n):
-    def f(words):
-        words = torch.tensor(words)
-        return (FunctionComposition(n).answer(words[:, :n], words[:, n:-1], words[:, -1]) == 0).numpy()
-    return f
-
-
-def sum2(n, M):
-    return lambda words: Sum2(n=n, M=M).answer(torch.tensor(words)).numpy()
 
 
 def sum2_with_repetition(n, M):
@@ -51,9 +36,9 @@ def sum2_with_repetition(n, M):
 
 
 @pytest.mark.parametrize("name, f, alphabets, expected", [
-    ("Ind_2", indexing(2), [2, 2, 2], 2),
-    ("Ind_3", indexing(3), [3, 2, 2, 2], 3),
-    ("SUM2[3, 7]", sum2(3, 7), [7, 7, 7], 3),
+    ("Ind_2", index_labels(2), [2, 2, 2], 2),
+    ("Ind_3", index_labels(3), [3, 2, 2, 2], 3),
+    ("SUM2[3, 7]", sum2_labels(3, 7), [7, 7, 7], 3),
     ("(x1 and x2) xor (x3 and x4)", lambda x: (x[:, 0] & x[:, 1]) ^ (x[:, 2] & x[:, 3]) == 1, [2] * 4, 2),
     ("a constant", lambda x: x[:, 0] < 9, [3, 3], 0),
 ])
@@ -76,20 +61,20 @@ def test_composition_shatters_n_rows_with_all_labelings(n):
     rows = composition_rows(n)
     assert len({tuple(label) for label in rows.labels.tolist()}) == 2**n
     assert rows.words().shape == (2**n, n, 2 * n + 1)
-    assert labelling_errors(rows, composition_is_zero(n)) == 0
+    assert labelling_errors(rows, composition_labels(n)) == 0
     assert (rows.words()[..., -1] == 0).all(), "no row may touch the output token's own symbol"
 
 
 @pytest.mark.parametrize("n, M", [(n, 2 * n + 1) for n in range(2, 12)] + [(3, 60), (6, 14)])
-@pytest.mark.parametrize("convention", [sum2, sum2_with_repetition])
+@pytest.mark.parametrize("convention", [sum2_labels, sum2_with_repetition])
 def test_sum2_shatters_n_minus_1_rows_in_both_conventions(n, M, convention):
     rows = sum2_rows(n, M)
     assert rows.labels.shape == (2 ** (n - 1), n - 1)
     words = rows.words()
     assert words.min() >= 0 and words.max() < M
     sample = words.shape[0] if n <= 8 else 64       # plain Python is slow; sum2 is checked on all of them
-    if convention is sum2:
-        assert labelling_errors(rows, sum2(n, M)) == 0
+    if convention is sum2_labels:
+        assert labelling_errors(rows, sum2_labels(n, M)) == 0
     else:
         part = dataclasses.replace(rows, columns=rows.columns[:sample], labels=rows.labels[:sample])
         assert labelling_errors(part, sum2_with_repetition(n, M)) == 0
@@ -99,16 +84,16 @@ def test_sum2_shatters_n_minus_1_rows_in_both_conventions(n, M, convention):
 def test_sum2_with_as_many_residues_as_numbers_still_shatters_about_half(n):
     rows = sum2_rows(n, n)
     assert rows.labels.shape[1] == (n - 3) // 2
-    assert labelling_errors(rows, sum2(n, n)) == 0
+    assert labelling_errors(rows, sum2_labels(n, n)) == 0
 
 
 def test_a_wrong_column_is_noticed():
     rows = composition_rows(4)
     columns = rows.columns.copy()
     columns[5, 2] = 1 - columns[5, 2]
-    assert labelling_errors(dataclasses.replace(rows, columns=columns), composition_is_zero(4)) == 1
+    assert labelling_errors(dataclasses.replace(rows, columns=columns), composition_labels(4)) == 1
     crowded = dataclasses.replace(sum2_rows(4, 9), columns=sum2_rows(4, 9).columns % 7)
-    assert labelling_errors(crowded, sum2(4, 9)) > 0
+    assert labelling_errors(crowded, sum2_labels(4, 9)) > 0
 
 
 def realised(inputs, score, certificate):
