@@ -248,6 +248,12 @@ class Chapter:
         columns = ["claim", "verdict", "the paper says", "we found", "from"]
         return show(pd.DataFrame(table, columns=columns, dtype=object))
 
+    def tests(self) -> Table:
+        """What exercises each claim, by name: `pytest <name>` runs it."""
+        tested = [claim for claim in self._claims.values() if claim.tests]
+        table = [[f"`{c.slug}`", " ".join(f"`{name}`" for name in c.tests)] for c in tested]
+        return show(pd.DataFrame(table, columns=["claim", "tests"]))
+
     def close(self) -> None:
         """The last cell. Raises EvidenceError naming the claims that nothing was said about."""
         if left := [key for key in self._claims if key not in self._best()]:
