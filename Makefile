@@ -31,7 +31,7 @@ help: ## this list
 book: setup ## execute what changed, render everything: build/html/index.html
 	@$(PY) -m lib.pipeline book --profile "$$PROFILE" --params "$$PARAMS"
 
-chapter: setup ## one chapter: CHAPTER=one-layer-limits PROFILE=standard PARAMS="seeds=3"
+chapter: setup ## one chapter: CHAPTER=one-layer-limits PROFILE=standard PARAMS="device=cpu"
 	@$(PY) -m lib.pipeline chapter "$$CHAPTER" --profile "$$PROFILE" --params "$$PARAMS"
 
 evidence: setup ## record the standard evidence of one CHAPTER or of all; stop and continue at will
@@ -44,6 +44,7 @@ bench: setup ## the speed table: ours against baselines in the same run
 	$(PY) tests/bench.py
 
 provenance: setup ## which run drew a figure: FILE=build/figures/…/name.svg
+	@test -n "$$FILE" || { echo "Which figure? make provenance FILE=build/figures/one-layer-limits/NAME.svg" >&2; exit 2; }
 	@$(PY) -m lib.evidence figure "$$FILE"
 
 serve: book ## build, then read at http://localhost:8000 (PORT=8000)
@@ -67,7 +68,7 @@ install:
 	  echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); this book needs Python 3.11 or later: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, about 2 GB and 2 to 6 minutes."
+	@echo "Setting up $(VENV): once, about 1.7 GB and 2 to 6 minutes."
 	@rm -f $(MADE_FROM)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PY) -m pip install --disable-pip-version-check -r requirements.txt

@@ -115,7 +115,7 @@ def test_the_calculator_says_what_python_says(calculator):
         "rows => rows.map(row => [row.cells[0].innerText, row.cells[1].innerText])"))
     assert rows == {
         "B**": f"{first}", "B*": f"{largest_allowed_n(2, 16, [64], theorem='B*') + 1}",
-        "generic VC bound": f"{largest_allowed_n(2, 16, [64], theorem='generic-VC') + 1:,}"}
+        "generic VC (our count)": f"{largest_allowed_n(2, 16, [64], theorem='generic-VC') + 1:,}"}
     label = calculator.get_by_role("img").get_attribute("aria-label")
     assert f"B** excludes every n from {first};" in label and f"Your n is {first}." in label
     assert calculator.heard == []
@@ -126,8 +126,9 @@ def test_the_calculator_says_what_python_says(calculator):
 def test_one_head_brings_its_own_theorems_and_proposition_0(calculator):
     calculator.get_by_role("button", name="one head, no MLP").click()
     names = calculator.locator("tbody th").all_inner_texts()
-    assert names == ["Proposition 0", "B** (one head)", "B**", "B* (one head)", "B*", "generic VC bound"]
-    assert "Proposition 0 excludes every n from 2." in calculator.locator(".pp-verdict").inner_text()
+    bounds = ["B** (one head)", "B**", "B* (one head)", "B*", "generic VC (our count)"]
+    assert names == ["one head, no MLP", *bounds]
+    assert "one head, no MLP excludes every n from 2." in calculator.locator(".pp-verdict").inner_text()
     assert calculator.get_by_label("width of each hidden layer", exact=True).is_disabled()
 
 

@@ -115,11 +115,11 @@
     const first = (theorem) => largestAllowedN(state.heads, state.valueDim, widths, theorem) + 1;
     const one = state.heads === 1;
     const rows = [];
-    if (one && state.depth === 0) rows.push({ name: "Proposition 0", first: 2 });
+    if (one && state.depth === 0) rows.push({ name: "one head, no MLP", first: 2 });
     if (one) rows.push({ name: "B** (one head)", first: first("B**-one-head") });
     rows.push({ name: "B**", first: first("B**") });
     if (one) rows.push({ name: "B* (one head)", first: first("B*-one-head") });
-    rows.push({ name: "B*", first: first("B*") }, { name: "generic VC bound", first: first("generic-VC") });
+    rows.push({ name: "B*", first: first("B*") }, { name: "generic VC (our count)", first: first("generic-VC") });
     return rows;
   }
 

@@ -33,6 +33,7 @@ DAMAGES = {
     "value": "h(0) = n-1 is stored as 0",
     "staircase": "the first ReLU that reads a digit has its bias lowered by 1",
     "readout": "the last gate, which lets the digit at the right offset through, is closed",
+    "switch": "g(0) = n-1 no longer mutes bank 0 (constructions T' only)",
 }
 ENUMERABLE = 300_000  # inputs: n <= 4, where there are 262,144
 
@@ -57,6 +58,8 @@ class VerificationSettings:
         if self.damage is not None:
             check_choice("damage", self.damage, DAMAGES)
         many = self.construction != "T"
+        if self.damage == "switch" and not many:
+            raise ValueError("only T' switches banks: damage 'switch' needs construction T' or T' binary")
         if many and (self.S is None or self.nu is None) or not many and self.n is None:
             raise ValueError(f"construction {self.construction!r} needs {'S, nu' if many else 'n'} and s")
         if many and self.n not in (None, self.S * self.nu * self.s) or not many and (self.S or self.nu):
@@ -126,6 +129,8 @@ def damaged(model: OneLayerSoftmax, damage: str) -> OneLayerSoftmax:
     n = model.alphabet[0]
     if damage == "query":
         return model.with_entry(2 * n, 0, "x", 1)
+    if damage == "switch":
+        return model.with_entry(0, n - 1, "switch 0", -1)
     if damage == "value":
         return model.with_entry(n, n - 1, "table 0", 0)
     if damage == "staircase":

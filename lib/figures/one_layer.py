@@ -26,8 +26,9 @@ def demanded_sizes(sizes: pd.DataFrame) -> Figure:
     caption = (
         "Right of a curve, a layer of that size is impossible at any precision (two heads, one hidden layer "
         f"of 64 neurons, $d$ from 1 to {last['product'] / 4 - 1:,.0f}). For the largest layer drawn, the "
-        f"generic VC bound excludes $n$ > {last['generic-VC']:,.0f}; counting layer by layer excludes "
-        f"$n$ > {last['B**']:,.0f}, a factor of {last['generic-VC'] / last['B**']:,.0f} sharper."
+        f"generic VC bound (our operation count) excludes $n$ > {last['generic-VC']:,.0f}; counting layer by "
+        f"layer excludes $n$ > {last['B**']:,.0f}, sharper by a factor of "
+        f"{last['generic-VC'] / last['B**']:,.0f}."
     )
     alt = (
         "Line plot on logarithmic axes: the size of a layer against the largest n each theorem allows it. "
@@ -64,8 +65,9 @@ def built_and_excluded(line: pd.DataFrame, built: pd.DataFrame) -> Figure:
     ax.text(at["n"] / 1.4, 1.3 * at["built"], f"× {at['ratio']:.1f}", ha="right")
     last = line.iloc[-1]
     caption = (
-        "Precision does not buy composition, the output MLP does. In the shaded region (Theorem B\\*\\*) no "
-        "layer composes, with any number of digits. On the solid line (Proposition T) one does; the circles "
+        "Precision does not buy composition; heads, value dimension and MLP depth do. In the shaded region "
+        "(Theorem B\\*\\*, MLP widths up to those of Proposition T, about $2n$) no layer composes, with any "
+        "number of digits. On the solid line (Proposition T) one does; the circles "
         f"are {len(built)} layers run in exact arithmetic up to $n$ = {built['n'].max():,}. At $n$ = "
         f"{last['n']:,.0f} the two lines are a factor of {last['ratio']:.1f} apart."
     )
@@ -146,36 +148,34 @@ def depth_and_composition(rows: pd.DataFrame, *, d_model: int) -> Figure:
 
 @style()
 def hidden_pairs(rows: pd.DataFrame) -> Figure:
-    """Accuracy on SUM2 by model. rows: columns n, model, L, seed, accuracy, majority."""
-    sizes, models = sorted(rows["n"].unique()), list(dict.fromkeys(rows.sort_values("L")["model"]))
-    fig, ax = plt.subplots()
+    """Accuracy on SUM2 by model. rows: columns n, L, d_model, seed, accuracy, majority."""
+    sizes, models = sorted(rows["n"].unique()), sorted(rows.groupby(["L", "d_model"]).groups)
+    fig, ax = plt.subplots(figsize=(5.6, 4.0))
     said = []
-    for i, model in enumerate(models):
-        group = rows[rows["model"] == model]
+    for i, (L, D) in enumerate(models):
+        group = rows[(rows["L"] == L) & (rows["d_model"] == D)]
         shift, look = 0.16 * (i - (len(models) - 1) / 2), {"color": COLOURS[i], "marker": MARKERS[i]}
-        ax.plot(
-            group["n"].map(sizes.index) + shift, group["accuracy"], linestyle="none", alpha=0.35,
-            **look | {"marker": "."},
-        )  # fmt: skip
+        at = group["n"].map(sizes.index) + shift
+        ax.plot(at, group["accuracy"], linestyle="none", alpha=0.35, **look | {"marker": "."})
         mean = _means(group)
-        at = mean["n"].map(sizes.index) + shift
-        dots_with_intervals(ax, at, mean["mean"], mean["lo"], mean["hi"], label=model, **look)
-        said += [f"{model} {value:.2f} at n = {n}" for n, value in zip(mean["n"], mean["mean"], strict=True)]
+        at, label = mean["n"].map(sizes.index) + shift, f"{L} layer{'s' if L > 1 else ''}, D = {D}"
+        dots_with_intervals(ax, at, mean["mean"], mean["lo"], mean["hi"], label=label, **look)
+        said.append(f"{label}: {', '.join(f'{value:.2f}' for value in mean['mean'])}")
     majority = rows.groupby("n")["majority"].mean().loc[sizes]
     ax.plot(
-        range(len(sizes)), majority, color="black", linestyle=":", marker="_", linewidth=1.2,
-        label="majority answer",
-    )  # fmt: skip
+        range(len(sizes)), majority, color="black", linestyle=":", marker="_", linewidth=1.2, label="majority"
+    )
     ax.set(
         xlabel="residues n in the prompt", ylabel="accuracy at the last token", ylim=(0.42, 1.03),
         xticks=range(len(sizes)), xticklabels=[str(n) for n in sizes], xlim=(-0.6, len(sizes) - 0.4),
     )  # fmt: skip
-    ax.legend(loc="upper right" if len(sizes) > 1 else "center left")
+    fig.legend(loc="outside upper center", ncols=2)
+    among = ", ".join(map(str, sizes))
     caption = (
-        f"Finding a hidden pair, mean accuracy: {', '.join(said)} (majority answer {majority.iloc[0]:.2f}). "
-        "Small dots: seeds; bars: 95 % bootstrap intervals of the mean."
+        f"Mean accuracy at finding a hidden pair among {among} residues. {'; '.join(said)} (majority answer "
+        f"{majority.iloc[0]:.2f}). Small dots: seeds; bars: 95 % bootstrap intervals of the mean."
     )
-    return Figure(fig, caption, f"Dots with error bars for each model and n: {', '.join(said)}.")
+    return Figure(fig, caption, f"Dots with error bars for each model at n = {among}. {'; '.join(said)}.")
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:

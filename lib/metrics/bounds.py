@@ -2,13 +2,13 @@ r"""Which layers the theorems exclude: the largest n for which one softmax layer
 
 All theorems speak of one attention layer with H softmax heads of value dimension d *per head*, in real
 arithmetic, then a ReLU network with hidden layers of widths s_1 .. s_L (no normalisation in between) and
-one affine output. Precision, embeddings, query and key dimensions are free. Put k = H(d+1) and s_{L+1} = 1.
+one affine output. Precision, embeddings, query and key dimensions are free. Put k = H(d+1) and s_{Λ+1} = 1.
 If the layer computes Comp_n and n >= k, then
 
-    B*            n        <= sum_{i<=L+1} [1 + k log2(2e n s_i / (d+1))]
-    B**           n log2 n <= sum_{i<=L} [1 + k log2(2e n s_i / (d+1))] + 1 + k log2(2e n (n-1) / (d+1))
-    B*-one-head   n        <= k sum_{i<=L+1} log2(e n s_i / k)                            if H = 1
-    B**-one-head  n log2 n <= k (sum_{i<=L} log2(e n s_i / k) + log2(e n (n-1) / k))      if H = 1
+    B*            n        <= sum_{i<=Λ+1} [1 + k log2(2e n s_i / (d+1))]
+    B**           n log2 n <= sum_{i<=Λ} [1 + k log2(2e n s_i / (d+1))] + 1 + k log2(2e n (n-1) / (d+1))
+    B*-one-head   n        <= k sum_{i<=Λ+1} log2(e n s_i / k)                            if H = 1
+    B**-one-head  n log2 n <= k (sum_{i<=Λ} log2(e n s_i / k) + log2(e n (n-1) / k))      if H = 1
     generic-VC    n        <= 4k(t+2), the textbook bound for k parameters and t operations, t by our count
 
 The first four are proved in `one-layer-limits`, ours, unrefereed; the one-head forms cite nothing. The last

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.experiments.verification import DAMAGES, damaged, hard_inputs, verify_composition
-from lib.models.constructions import proposition_t
+from lib.models.constructions import proposition_t, proposition_t_many_heads
 
 
 @pytest.mark.parametrize("s", [1, 2, 3])
@@ -24,6 +24,10 @@ def test_every_input_of_size_3_is_right_and_counted(s):
     {"construction": "T' binary", "S": 2, "nu": 2, "s": 2, "inputs": 200},
 ], ids=["T exhaustive", "T", "T'", "T' binary"])
 def test_one_wrong_weight_is_found(shape, damage):
+    if damage == "switch" and "S" not in shape:
+        with pytest.raises(ValueError, match="only T' switches banks"):
+            verify_composition(shape | {"damage": damage}, seed=0)
+        return
     assert verify_composition(shape, seed=0)["errors"] == 0
     row = verify_composition(shape | {"damage": damage}, seed=0)
     assert row["errors"] > 0 and row["worst_error"] >= 0.5
@@ -33,8 +37,8 @@ def test_one_wrong_weight_is_found(shape, damage):
 
 
 def test_damage_changes_exactly_one_entry_or_one_neuron():
-    model = proposition_t(4, 2)
     for damage in DAMAGES:
+        model = proposition_t_many_heads(2, 2, 1) if damage == "switch" else proposition_t(4, 2)
         other = damaged(model, damage)
         rows = sum(a != b for a, b in zip(model.rows, other.rows, strict=True))
         neurons = sum(str(a[name]) != str(b[name])
