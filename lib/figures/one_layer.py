@@ -131,7 +131,7 @@ def depth_and_composition(rows: pd.DataFrame, *, d_model: int) -> Figure:
         xlabel="points n of each permutation", ylabel="accuracy after two hops", xticks=sizes,
         xlim=(sizes[0] - 1, sizes[-1] + 1), ylim=(-0.03, 1.05),
     )  # fmt: skip
-    ax.legend(loc="center left")
+    fig.legend(loc="outside upper center", ncols=3)
     ends = {L: mean.iloc[-1] for L, mean in means.items()}
     seeds = rows.groupby(["n", "L"]).size().min()
     caption = (
