@@ -1,6 +1,6 @@
 """Claims, evidence, verdicts: what was declared, what came out, by what it was made, and what follows.
 
-A chapter uses `Chapter` (`chapter.py`) and the intervals (`intervals.py`). Underneath: `claims` (declared),
+A chapter uses `Chapter` (`chapter.py`) and `lib.metrics.intervals`. Underneath: `claims` (declared),
 `rows` (append-only files), `code` and `provenance` (what made a row), `experiment` (rows as tables),
 `verdict` (decided), `tables` (shown), `ledger` (all chapters together). `python -m lib.evidence --help` for
 the commands.
@@ -10,11 +10,10 @@ from lib.evidence.chapter import Chapter
 from lib.evidence.claims import Claim, Predicate, load_claims
 from lib.evidence.experiment import Experiment, Source
 from lib.evidence.files import EvidenceError
-from lib.evidence.intervals import Interval, bootstrap, paired_bootstrap, proportion
 from lib.evidence.tables import show
 from lib.evidence.verdict import Verdict, decide
 
 __all__ = [
-    "Chapter", "Claim", "EvidenceError", "Experiment", "Interval", "Predicate", "Source", "Verdict",
-    "bootstrap", "decide", "load_claims", "paired_bootstrap", "proportion", "show",
+    "Chapter", "Claim", "EvidenceError", "Experiment", "Predicate", "Source", "Verdict", "decide",
+    "load_claims", "show",
 ]  # fmt: skip

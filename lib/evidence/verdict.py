@@ -86,7 +86,7 @@ def decide(
     if claim.kind == "measurement" and interval is None:
         raise ValueError(
             f"{claim.id} is a measurement, and a number without an interval decides nothing; "
-            "give interval=, as from lib.evidence.bootstrap or proportion"
+            "give interval=, as from lib.metrics.intervals.bootstrap or proportion"
         )
     if interval is not None:
         lo, hi = interval

@@ -5,8 +5,8 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lib.evidence import bootstrap
 from lib.figures import COLOURS, LINES, MARKERS, Figure, dots_with_intervals, style
+from lib.metrics.intervals import bootstrap
 
 
 @style()

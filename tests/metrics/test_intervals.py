@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.evidence import bootstrap, paired_bootstrap, proportion
+from lib.metrics.intervals import bootstrap, paired_bootstrap, proportion
 
 STATISTICS = {"mean": lambda v: sum(v) / len(v), "median": lambda v: (sorted(v)[1] + sorted(v)[2]) / 2}
 
