@@ -58,7 +58,7 @@ def built_and_excluded(line: pd.DataFrame, built: pd.DataFrame) -> Figure:
     )  # fmt: skip
     label = {"transform": ax.transAxes, "ha": "center", "fontweight": "bold"}
     ax.text(0.72, 0.26, "impossible\nat any precision", color="#8c3d00", **label)
-    ax.text(0.3, 0.78, "built, and run\nwithout an error", color=COLOURS[0], **label)
+    ax.text(0.3, 0.78, "built (Proposition T);\ncircles: run exactly", color=COLOURS[0], **label)
     at = line.iloc[-4]
     ax.annotate("", (at["n"], at["demanded"]), (at["n"], at["built"]),
                 arrowprops={"arrowstyle": "<->", "color": "black", "shrinkA": 0, "shrinkB": 0})  # fmt: skip
