@@ -53,26 +53,46 @@ def frontier(sizes: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def least_largest_size(n: int) -> int:
-    """Least M such that Theorem B** leaves Comp_n possible with H, d + 1, depth + 1 <= M and MLP widths <= n.
+def least_largest_size(n: int, *, width: int | None = None, theorem: str = "B**") -> int:
+    """Least M >= 2 with which `theorem` leaves Comp_n possible: H, d + 1, depth + 1 <= M, widths <= `width`.
 
-    More of each allows more, so it suffices to try H = d + 1 = depth + 1 = M. Grows as n^(1/3).
+    More of each allows more, so it suffices to try H = d + 1 = depth + 1 = M. By B** it grows as n^(1/3).
+    width: n if not given.
 
-    >>> least_largest_size(1024)
-    9
+    >>> least_largest_size(1024), least_largest_size(1024, theorem="generic-VC")
+    (9, 2)
     """
-    low, high = 1, 2                                     # M = 1 would be a head without values
-    while not _allows(high, n):
+    width, low, high = width or n, 1, 2                  # M = 1 would be a head without values
+    while not _allows(high, n, width, theorem):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _allows(middle, n) else (middle, high)
+        low, high = (low, middle) if _allows(middle, n, width, theorem) else (middle, high)
     return high
 
 
 def growth_exponent(first: int, last: int) -> float:
     """Slope of log least_largest_size against log n between two n: the exponent that the theorem forces."""
     return math.log(least_largest_size(last) / least_largest_size(first)) / math.log(last / first)
+
+
+def cube_frontier(sides: Sequence[int]) -> pd.DataFrame:
+    """The least max(H, d+1, depth+1) at n = m^3, m in `sides`: what is demanded, what Proposition T' takes.
+
+    Columns n; demanded (B**) and generic (generic-VC), both at the MLP width 2n + 5 of the construction;
+    built = m + 4, from m + 1 heads, value dimension m and m + 3 hidden layers.
+    """
+    rows = []
+    for m in sides:
+        if m < 2:
+            raise ValueError(f"a cube has sides m >= 2, got {m}")
+        n = m**3
+        width = 2 * n + 5
+        rows.append({
+            "n": n, "demanded": least_largest_size(n, width=width),
+            "generic": least_largest_size(n, width=width, theorem="generic-VC"), "built": m + 4,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def reach(
@@ -85,5 +105,5 @@ def reach(
         for d in value_dims])
 
 
-def _allows(M: int, n: int) -> bool:
-    return largest_allowed_n(M, M - 1, [n] * (M - 1)) >= n
+def _allows(M: int, n: int, width: int, theorem: str) -> bool:
+    return largest_allowed_n(M, M - 1, [width] * (M - 1), theorem=theorem) >= n

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from lib.figures import one_layer as draw
-from lib.metrics.frontier import frontier, reach
+from lib.metrics.frontier import cube_frontier, frontier, reach
 
 
 def trained(one, two, n=(8, 12), D=64):
@@ -50,3 +50,11 @@ def test_the_figure_of_demanded_sizes_ends_where_the_theorems_do():
     figure = draw.demanded_sizes(sizes)
     last = sizes.iloc[-1]
     assert f"$n$ > {last['B**']:,.0f}" in figure.caption and f"{last['generic-VC']:,.0f}" in figure.alt
+
+
+def test_the_figure_of_the_exponent_says_where_each_line_ends():
+    sizes = cube_frontier([2, 4, 8])
+    figure = draw.least_sizes(sizes)
+    last = sizes.iloc[-1]
+    assert f"B\\*\\* demands {last['demanded']} at $n$ = 512" in figure.caption
+    assert f"Proposition T' takes {last['built']}" in figure.caption and "built ends at 12" in figure.alt

@@ -5,12 +5,13 @@ from lib.metrics.frontier import (
     best_block,
     built_product,
     built_width,
+    cube_frontier,
     frontier,
     growth_exponent,
     least_largest_size,
     reach,
 )
-from lib.models.constructions import proposition_t
+from lib.models.constructions import proposition_t, proposition_t_many_heads
 
 
 @pytest.mark.parametrize(("n", "s"), [(2, 1), (3, 3), (9, 3), (16, 4), (20, 7), (36, 1), (36, 6), (36, 36)])
@@ -61,3 +62,20 @@ def test_the_reach_of_a_layer_is_what_each_theorem_allows():
 def test_a_block_size_outside_the_table_is_refused(n, s):
     with pytest.raises(ValueError, match="between 1 and n=4"):
         built_product(n, s)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_the_cube_takes_what_the_weights_of_many_heads_take(m):
+    [row] = cube_frontier([m]).to_dict("records")
+    size = proposition_t_many_heads(m, m, m).size()
+    assert row["n"] == m**3 and size["max_width"] <= 2 * m**3 + 5
+    assert row["built"] == max(size["heads"], size["value_dim"] + 1, size["hidden_layers"] + 1)
+
+
+def test_the_cube_demands_the_same_power_of_n_that_it_takes_and_the_generic_bound_nothing():
+    table = cube_frontier([2**e for e in range(2, 9)])
+    ratio = table["built"] / table["demanded"]
+    assert (table["demanded"] <= table["built"]).all() and ratio.iloc[-1] < 1.3 * ratio.iloc[-2]
+    assert (table["generic"] == 2).all()                     # at width 2n + 5 it excludes no layer at all
+    with pytest.raises(ValueError, match="sides m >= 2"):
+        cube_frontier([1])
