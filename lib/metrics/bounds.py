@@ -81,15 +81,6 @@ def largest_allowed_n_binomial(value_dim: int, mlp_widths: Sequence[int]) -> int
     return _last_before(violated, start=k)
 
 
-def largest_allowed_n_without_mlp(value_dim: int) -> int:
-    """Proposition 0: one head and an affine readout compute no Comp_n with n >= 2, whatever d is. Always 1.
-
-    Exact: the columns are threshold functions of one ordering of the rows, of VC dimension at most 1.
-    """
-    _check_layer(1, value_dim, [])
-    return 1
-
-
 def least_product(n: int, width: int, *, theorem: str = "B**") -> int:
     """Least H (d+1) (depth+1) that `theorem` ("B*" or "B**") leaves possible for Comp_n, widths <= `width`.
 

@@ -17,7 +17,6 @@ from lib.metrics.bounds import (
     THEOREMS,
     largest_allowed_n,
     largest_allowed_n_binomial,
-    largest_allowed_n_without_mlp,
     least_bits,
     least_product,
     required_product,
@@ -125,7 +124,6 @@ def test_the_sharper_theorem_excludes_no_later(layer):
     for theorem in ("B*", "B**"):
         one = largest_allowed_n(1, d, widths, theorem=f"{theorem}-one-head")
         assert one <= largest_allowed_n(1, d, widths, theorem=theorem)
-    assert largest_allowed_n_without_mlp(d) < largest_allowed_n(1, d, [])
 
 
 @given(layers, st.sampled_from(["B*", "B**"]))
