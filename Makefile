@@ -35,6 +35,8 @@ chapter: setup ## one chapter: CHAPTER=one-layer-limits PROFILE=standard PARAMS=
 	@$(PY) -m lib.pipeline chapter "$$CHAPTER" --profile "$$PROFILE" --params "$$PARAMS"
 
 evidence: setup ## record the standard evidence of one CHAPTER or of all; stop and continue at will
+	@test "$$PROFILE" = quick || test "$$PROFILE" = standard || { \
+	  echo "evidence records the standard profile; for another: make chapter CHAPTER=… PROFILE=$$PROFILE" >&2; exit 2; }
 	@$(PY) -m lib.pipeline evidence "$$CHAPTER" --params "$$PARAMS"
 
 test: setup ## every test: library, doctests, chapters (nbmake), the rendered book in a browser
@@ -62,7 +64,7 @@ setup:
 
 .PHONY: install
 install:
-	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	@"$(PYTHON)" -c "" >/dev/null 2>&1 || { \
 	  echo "No '$(PYTHON)' on the path: install Python 3.11 or later, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); this book needs Python 3.11 or later: make PYTHON=python3.12" >&2; exit 1; }

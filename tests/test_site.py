@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 from playwright.sync_api import sync_playwright
 
+from lib.evidence import load_claims
 from lib.paths import BUILD, ROOT
 from lib.pipeline.layout import Layout
 
@@ -187,6 +188,15 @@ def test_every_picture_loads_and_is_described(visit, page):
         assert len((image["alt"] or "").split()) >= 3, (
             f"{image['src']}: alt text {image['alt']!r} describes nothing"
         )
+
+
+@browser_test
+def test_the_verdicts_of_a_chapter_unfold_into_a_list_of_its_claims(html, browser):
+    claims = [claim for claim in load_claims().values() if claim.chapter == "one-layer-limits"]
+    tab = browser.new_page()
+    tab.goto((html / "book/one-layer-limits.html").as_uri())
+    assert tab.locator("details .sd-summary-content li").count() == len(claims) >= 10
+    tab.close()
 
 
 @browser_test

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
 
 def check(root: Path = ROOT) -> int:
     """Print what every file of rows holds, and every problem with its remedy. 0 if there is none, else 1."""
-    problems = _claim_problems(root)
+    problems, remedies = _claim_problems(root), []
     folders = [root / path.relative_to(ROOT) for path in (EVIDENCE, BUILD / "evidence")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.jsonl")):
         found = rows.read(path, damaged="collect")
@@ -43,11 +43,12 @@ def check(root: Path = ROOT) -> int:
         torn = "; an unfinished last line, which the next append removes" if found.torn else ""
         print(f"{named(path, root)}: {len(found.rows)} rows, {failed} of them failed{torn}")
         problems += [f"{named(path, root)}, line {damage.line}: {damage.why}" for damage in found.damaged]
-        if found.damaged:
-            problems.append(rows.remedy(path))
+        remedies += [rows.remedy(path)] if found.damaged else []
     for problem in problems:
         print(f"PROBLEM {problem}", file=sys.stderr)
-    print(f"{len(problems)} problems." if problems else "No problems.")
+    for remedy in remedies:
+        print(remedy, file=sys.stderr)
+    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}." if problems else "No problems.")
     return 1 if problems else 0
 
 

@@ -240,7 +240,7 @@ class Chapter:
     def verdicts(self) -> Table:
         """Every verdict so far, ours beside the paper's value, with the profile it came from."""
         table = [
-            [f"`{c.slug}`", badge(v.verdict), c.paper_value, v.numbers(), f"{v.profile}, {v.recorded}"]
+            [f"`{c.slug}`", badge(v.verdict), c.paper_value, v.finding(), f"{v.profile}, {v.recorded}"]
             for c in self._claims.values()
             for (key, _), v in self._verdicts.items()
             if key == c.id
@@ -274,7 +274,8 @@ class Chapter:
         found = Verdict(
             claim=claim.id, profile=source.profile, verdict=verdict, reason=reason, quantity=claim.quantity,
             unit=claim.unit, holds=str(claim.holds), provenance=source.line(), recorded=source.recorded,
-            declaration=claim.declaration, **numbers,
+            declaration=claim.declaration, runs=source.wanted,
+            lacking=source.missing + source.failed + source.stale, **numbers,
         )  # fmt: skip
         self._verdicts[claim.id, source.profile] = found
         self._write()

@@ -92,6 +92,10 @@ def missing(entries: list[dict]) -> str:
     for what, lacking in (
         ("have no verdict", [e for e in entries if e["profile"] is None]),
         ("rest on a quick run only", [e for e in entries if e["profile"] == "quick" and e["remedy"]]),
+        (
+            "rest on incomplete recorded evidence",
+            [e for e in entries if e["profile"] not in (None, "quick") and e["remedy"]],
+        ),
     ):
         if lacking:
             commands = ", ".join(f"`{command}`" for command in dict.fromkeys(e["remedy"] for e in lacking))
@@ -136,12 +140,14 @@ def _entry(claim: Claim, run: dict, why: str) -> dict:
         return entry | empty | {"live": None, "remedy": f"make chapter CHAPTER={claim.chapter}"}
     best = strongest([Verdict(**v) for v in valid]).as_dict()
     live = next((v for v in valid if v["profile"] == run["profile"]), None)
-    quick_only = best["profile"] == "quick" and claim.kind == "measurement"
+    incomplete = best["lacking"] > 0 or (
+        best["profile"] == "quick" and (best["runs"] > 0 or claim.kind == "measurement")
+    )
     return (
         entry
         | {key: best[key] for key in _FROM_RUN}
         | {"live": live and {key: live[key] for key in _FROM_RUN}}
-        | {"remedy": f"make evidence CHAPTER={claim.chapter}" if quick_only else ""}
+        | {"remedy": f"make evidence CHAPTER={claim.chapter}" if incomplete else ""}
     )
 
 

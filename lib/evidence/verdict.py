@@ -40,6 +40,8 @@ class Verdict:
     provenance: str = ""
     recorded: str = ""
     declaration: str = ""
+    runs: int = 0  # that the experiment behind it asks for; 0: computed on the page itself
+    lacking: int = 0  # of these, not executed, failed or stale
 
     def as_dict(self) -> dict:
         found = asdict(self)
@@ -56,12 +58,15 @@ class Verdict:
         found = f"{number(self.value)}{interval}{unit}{counted}{control}."
         return " ".join(filter(None, [found, self.reason, self.note]))
 
-    def sentence(self) -> str:
-        """The claim, the quantity with its threshold, and the numbers, as MyST."""
-        slug = self.claim.partition("/")[2]
+    def finding(self) -> str:
+        """The quantity with its threshold, and the numbers, as MyST; or why there are none."""
         if self.verdict == "not attempted":
-            return f"`{slug}` (profile `{self.profile}`): {self.reason}"
-        return f"`{slug}` (profile `{self.profile}`): {self.quantity}, claimed {self.holds}: {self.numbers()}"
+            return self.reason
+        return f"{self.quantity}, claimed {self.holds}: {self.numbers()}"
+
+    def sentence(self) -> str:
+        """The claim, its profile, and what was found, as MyST."""
+        return f"`{self.claim.partition('/')[2]}` (profile `{self.profile}`): {self.finding()}"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         text = f"{badge(self.verdict)} {self.sentence()}"

@@ -30,6 +30,13 @@ def main(argv: list[str] | None = None, *, layout: Layout | None = None, ledger=
     except RequestError as error:
         print("Nothing was run:\n  " + "\n  ".join(error.problems), file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"{error.filename or layout.build}: {error.strerror}. The book needs a writable build/ with some "
+            "100 MB free; finished chapters and recorded rows are kept.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\nStopped. Finished chapters are kept; call it again to go on.", file=sys.stderr)
         return 130

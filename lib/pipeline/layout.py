@@ -99,8 +99,13 @@ class Chapter:
 
     @cached_property
     def source(self) -> dict:
-        """The notebook as it lies on disk, parsed."""
-        return json.loads(self.path.read_text(encoding="utf-8"))
+        """The notebook as it lies on disk, parsed. Raises ValueError, naming the file, if it is damaged."""
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            file = f"{self.page}.ipynb"
+            how = f"git checkout -- {file} brings it back"
+            raise ValueError(f"{file} is not a notebook: {error}; {how}") from error
 
     @property
     def reads(self) -> list[str]:

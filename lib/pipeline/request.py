@@ -33,12 +33,19 @@ def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> l
     With all chapters, a parameter goes to those that have it; at least one must.
     Raises RequestError with every mistake found: chapter, profile, parameter names, device, pages.
     """
+    try:
+        layout.chapters  # noqa: B018 - reads every notebook: a damaged one is told before anything runs
+    except ValueError as error:
+        raise RequestError([str(error)]) from error
     problems = [f"_toc.yml names {page!r}, but there is no {page}.md or {page}.ipynb"
                 for page in layout.missing_pages()]  # fmt: skip
     given, malformed = parse(params)
     problems += malformed
     problems += _choice("profile", profile, PROFILES)
-    if chapter is not None:
+    if chapter == "":
+        problems.append(f"Which chapter? As in CHAPTER={next(iter(layout.chapters), '…')}; allowed: "
+                        f"{', '.join(layout.chapters)}")  # fmt: skip
+    elif chapter is not None:
         problems += _choice("chapter", chapter, layout.chapters)
     elif not layout.chapters:
         problems.append("_toc.yml names no notebook: there is no chapter to execute")
@@ -62,8 +69,8 @@ def parse(text: str) -> tuple[dict, list[str]]:
 
     >>> parse("n=8 rate=1e-3 model=a/b.gguf compile=false")
     ({'n': 8, 'rate': 0.001, 'model': 'a/b.gguf', 'compile': False}, [])
-    >>> parse("n=8 oops")[1]
-    ["PARAMS: 'oops' is not a pair name=value"]
+    >>> print(*parse("n=8 oops")[1])
+    PARAMS: 'oops' is not a pair name=value, as in PARAMS="device=cpu"
     """
     try:
         pieces = shlex.split(text)
@@ -74,7 +81,7 @@ def parse(text: str) -> tuple[dict, list[str]]:
     for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.isidentifier():
-            problems.append(f"PARAMS: {piece!r} is not a pair name=value")
+            problems.append(f"PARAMS: {piece!r} is not a pair name=value, as in PARAMS=\"device=cpu\"")
         elif name == "profile":
             problems.append("PARAMS: give the profile as PROFILE=…, not in PARAMS")
         elif name in values:

@@ -77,6 +77,34 @@ def test_a_partial_ledger_counts_what_is_there_and_asks_for_the_rest(book):
     }  # fmt: skip
 
 
+def run(settings, *, seed):
+    """A run that fails where it is told to."""
+    if settings["n"] == 3:
+        raise RuntimeError("told to")
+    return {"accuracy": 0.95}
+
+
+@pytest.mark.parametrize(("profile", "sizes", "said"), [
+    ("quick", [1, 2], "1 of 3 claims rest on a quick run only"),
+    ("standard", [1, 3], "1 of 3 claims rest on incomplete recorded evidence"),
+    ("standard", [1, 2], None),
+])
+def test_a_claim_on_fewer_runs_than_planned_is_told_with_the_command_that_makes_the_rest(
+    book, profile, sizes, said
+):
+    one = Chapter(
+        "one", profile=profile, device="cpu", claims=book["claims"], build=book["folder"],
+        evidence=book["folder"].parent / "evidence",
+    )  # fmt: skip
+    runs = one.experiment("toy", run, [{"n": n} for n in sizes], seeds=[0, 1, 2])
+    one.settle("one/high", runs.live, 0.95, interval=(0.93, 0.97), n=3)
+    glance = ledger.at_a_glance(ledger.build(**book), book=book["claims"].parent)
+    if said is None:
+        assert "evidence" not in glance
+    else:
+        assert f"{said}: `make evidence CHAPTER=one`." in glance
+
+
 def test_the_file_of_claims_holds_one_flat_entry_a_claim(book):
     settle(book)
     entries = ledger.build(**book)

@@ -86,7 +86,18 @@ def test_a_page_of_the_contents_that_is_no_file_is_a_mistake(toy):
 
 def test_an_empty_chapter_is_a_mistake_of_the_chapter_command_only(toy, capsys):
     assert toy.run("chapter", "") == 2
-    assert "unknown chapter ''" in capsys.readouterr().err
+    assert "Which chapter? As in CHAPTER=one; allowed: one, two, summary" in capsys.readouterr().err
+
+
+def test_a_damaged_notebook_is_named_with_its_remedy_before_anything_runs(toy):
+    (toy.root / "book/two.ipynb").write_text("{")
+    assert "book/two.ipynb is not a notebook" in problems(toy)[0] and "git checkout" in problems(toy)[0]
+
+
+def test_a_file_in_the_place_of_the_build_folder_is_named(toy, capsys):
+    (toy.root / "build").write_text("in the way")
+    assert toy.run("book") == 1
+    assert "build" in (said := capsys.readouterr().err) and "needs a writable build/" in said
 
 
 def test_mistakes_are_told_within_five_seconds_and_before_torch_or_sphinx_is_loaded(toy):
