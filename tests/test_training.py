@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 import lib.training
 from lib.checkpoints import Checkpoint, CheckpointError
@@ -352,7 +354,9 @@ def test_nonsense_is_refused_before_any_work():
             train(new_model(), **changes)
 
 
-def test_progress_shows_the_loss_and_is_silent_when_off(capsys):
+def test_progress_shows_the_loss_and_is_silent_when_off(capsys, monkeypatch):
+    # At every step: by default tqdm draws every 0.1 s, which 30 small steps may not take.
+    monkeypatch.setattr("lib.training.tqdm", partial(tqdm, mininterval=0, miniters=1))
     train(new_model(), progress=True)
     assert "loss" in capsys.readouterr().err
     train(new_model(), progress=False)
