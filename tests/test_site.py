@@ -159,6 +159,16 @@ def test_every_formula_is_set(visit, page):
 
 
 @browser_test
+def test_a_formula_offers_no_menu_that_would_fetch_and_keeps_its_mathml(html, browser):
+    tab = browser.new_page()
+    tab.goto((html / "book/notation.html").as_uri())
+    tab.wait_for_selector("mjx-container mjx-assistive-mml", state="attached")
+    tab.locator("article mjx-container").first.click(button="right")
+    assert tab.locator(".CtxtMenu_Menu").count() == 0
+    tab.close()
+
+
+@browser_test
 def test_the_chapter_has_formulas_at_all(visit):
     assert visit("book/one-layer-limits", "desktop").look["formulas"] > 50
 
