@@ -5,6 +5,9 @@ PYTHON ?= python3
 PROFILE ?= quick
 CHAPTER ?=
 PARAMS ?=
+JOBS ?=
+BACKEND ?=
+SCHEDULER ?=
 PORT ?= 8000
 FILE ?=
 
@@ -16,30 +19,36 @@ MADE_FROM := $(VENV)/made-from.txt
 INPUTS := { echo "$(CURDIR)"; cat requirements.txt pyproject.toml; }
 
 # In the environment, not on command lines: whatever a reader types into them arrives unquoted.
-export PROFILE CHAPTER PARAMS FILE
+export PROFILE CHAPTER PARAMS JOBS BACKEND SCHEDULER FILE
+# Where the runs of a chapter happen. RAY_ADDRESS, where it is set, is read by Ray itself.
+SPREAD := --jobs "$$JOBS" --backend "$$BACKEND" --scheduler "$$SCHEDULER"
 # One thread a process: two cores are slower with more (measured), and sums keep their order.
 export OMP_NUM_THREADS ?= 1
+# Recipes `exec` what takes long: a SIGTERM to make then reaches it, not only the shell around it.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book chapter evidence test bench serve lint clean provenance
 
 help: ## this list
 	@echo "make TARGET [CHAPTER=…] [PROFILE=quick|standard|gpu|cluster] [PARAMS=\"a=1 b=two\"]"
+	@echo "            [JOBS=auto|N] [BACKEND=local|dask|ray] [SCHEDULER=tcp://…, of Dask]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 book: setup ## execute what changed, render everything: build/html/index.html
-	@$(PY) -m lib.pipeline book --profile "$$PROFILE" --params "$$PARAMS"
+	@exec $(PY) -m lib.pipeline book --profile "$$PROFILE" --params "$$PARAMS" $(SPREAD)
 
 chapter: setup ## one chapter: CHAPTER=one-layer-limits PROFILE=standard PARAMS="device=cpu"
-	@$(PY) -m lib.pipeline chapter "$$CHAPTER" --profile "$$PROFILE" --params "$$PARAMS"
+	@exec $(PY) -m lib.pipeline chapter "$$CHAPTER" --profile "$$PROFILE" --params "$$PARAMS" $(SPREAD)
 
 evidence: setup ## record the standard evidence of one CHAPTER or of all; stop and continue at will
 	@test "$$PROFILE" = quick || test "$$PROFILE" = standard || { \
 	  echo "evidence records the standard profile; for another: make chapter CHAPTER=… PROFILE=$$PROFILE" >&2; exit 2; }
-	@$(PY) -m lib.pipeline evidence "$$CHAPTER" --params "$$PARAMS"
+	@exec $(PY) -m lib.pipeline evidence "$$CHAPTER" --params "$$PARAMS" $(SPREAD)
 
 test: setup ## every test: library, doctests, chapters (nbmake), the rendered book in a browser
+	@$(PY) -c "import distributed" 2>/dev/null || \
+	  $(PY) -m pip install --disable-pip-version-check -q -c requirements-cluster.txt distributed
 	$(PY) -m pytest --doctest-modules --nbmake --nbmake-timeout=600 --durations=8 -q tests lib book
 
 bench: setup ## the speed table: ours against baselines in the same run

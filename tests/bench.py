@@ -1,9 +1,9 @@
 """The speed table, `make bench`: ours against a plain way of doing the same, in one run on one thread.
 
-Every figure but the rendering is a rate: work done in a second of CPU time of this process. Ours and its
-baseline take turns; rates are medians over the turns. A ratio is ours / baseline within one turn, with its
-median and range over the turns; above 1, ours is faster. A wrong answer ends the bench: only right ones are
-timed. Rates vary with the machine and its load, ratios less.
+Figures per second are rates: work done in a second of CPU time of this process. Those in s or ms are wall
+time. Ours and its baseline take turns; figures are medians over the turns. A ratio is ours / baseline within
+one turn, with its median and range over the turns; above 1, ours has the higher rate, or takes longer. A
+wrong answer ends the bench: only right ones are timed. Figures vary with machine and load, ratios less.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu, scaled_dot_product_attention
 
 from lib.evidence.provenance import machine, version
-from lib.experiments.composition import CompositionSettings
+from lib.evidence.rows import RowStore
+from lib.experiments.composition import CompositionSettings, train_composition
 from lib.experiments.verification import verify_composition
 from lib.metrics.bounds import largest_allowed_n
 from lib.models.transformer import Transformer
 from lib.optimizers import Optimizer
 from lib.paths import BUILD
+from lib.sweeps import run_sweep
 from lib.tasks.hops import PermutationHops, Prompts
 from lib.training import fit
 
@@ -57,11 +59,8 @@ class Row(NamedTuple):
         numbers = [_short(statistics.median(self.ours)), "", "", ""]
         if self.baseline:
             ratios = [ours / baseline for ours, baseline in zip(self.ours, self.baseline, strict=True)]
-            numbers[1:] = [
-                _short(statistics.median(self.baseline)),
-                _short(statistics.median(ratios)),
-                f"{_short(min(ratios))} to {_short(max(ratios))}",
-            ]
+            medians = [_short(statistics.median(self.baseline)), _short(statistics.median(ratios))]
+            numbers[1:] = [*medians, f"{_short(min(ratios))} to {_short(max(ratios))}"]
         return [self.what, self.unit, *numbers, self.against, self.asked]
 
 
@@ -88,13 +87,13 @@ def main() -> None:
 
     print(facts(), flush=True)
     book, rows = rendering(), []
-    for section in (bound_search, verification, training):
+    for section in (bound_search, verification, training, sweeps):
         rows += section(tell)
     print(f"\n{table([*rows, *book])}\n")
     if not book:
         print("No rendering is on record in build/run.json; `make book` makes one.")
     took = f"The bench took {time.monotonic() - start:.0f} s."
-    print(f"Rates are per second of CPU time, ratios ours / baseline in one turn. {took}")
+    print(f"Rates are per second of CPU time, s and ms wall time, ratios ours / baseline in one turn. {took}")
 
 
 def facts() -> str:
@@ -112,8 +111,7 @@ def rates(
 ) -> dict[str, list[float]]:
     """Rates of each arm, one a turn; the arms take turns. An arm returns the work it has done.
 
-    A turn lasts at least `least_s` seconds of CPU time. What comes before the first turn is not measured:
-    imports, caches and allocations of first calls.
+    A turn lasts at least `least_s` seconds of CPU time. First calls (imports, caches) are not measured.
     """
     found = {name: [] for name in arms}
     for arm in arms.values():
@@ -212,11 +210,8 @@ def training(tell: Callable[[str], None]) -> list[Row]:
     return [
         Row(
             f"train, {'Muon and AdamW' if muon else 'AdamW'}{', checkpoint each step' if saved else ''}",
-            "steps/s",
-            rate[f"ours{muon}{saved}"],
-            rate[f"plain{muon}"],
-            loop,
-        )
+            "steps/s", rate[f"ours{muon}{saved}"], rate[f"plain{muon}"], loop,
+        )  # fmt: skip
         for muon, loop in loops.items()
         for saved in ("", " + checkpoint")
     ]
@@ -243,14 +238,9 @@ def our_run(*, muon: bool, saved: bool = False) -> list[float]:
     plan = Optimizer(adamw_lr=SETTINGS.adamw_lr, muon_lr=muon_lr, warmup=0, hold=1.0)
     with tempfile.TemporaryDirectory() as folder:
         history = fit(
-            model,
-            loss,
-            _batch,
-            steps=SETTINGS.steps,
-            optimizer=plan,
-            checkpoint=Path(folder) if saved else None,
-            progress=False,
-        )
+            model, loss, _batch, steps=SETTINGS.steps, optimizer=plan,
+            checkpoint=Path(folder) if saved else None, progress=False,
+        )  # fmt: skip
     return history.loss
 
 
@@ -346,6 +336,41 @@ def _batch(step: int) -> Prompts:
 
 def _after_layer(prompts: Prompts, l: int, logits: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), TASK.after_layer(prompts, l).flatten())
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------
+
+TINY = {"n": 4, "L": 1, "d_model": 32, "n_heads": 2, "d_mlp": 64, "steps": 120, "batch": 32}
+
+
+def sweeps(tell: Callable[[str], None]) -> list[Row]:
+    """Tiny trainings by two processes and by one; and what the sweep costs a run that does nothing."""
+
+    def nothing(settings: Mapping, *, seed: int) -> dict:
+        return {}
+
+    start, two, one, idle = sweep_s(nothing, {}, runs=2, n_jobs=2), [], [], []
+    for turn in range(3):
+        tell(f"sweeps: turn {turn + 1} of 3, 32 tiny trainings by two processes, then by one")
+        two.append(sweep_s(train_composition, TINY, runs=32, n_jobs=2))
+        one.append(sweep_s(train_composition, TINY, runs=32, n_jobs=1))
+        idle.append(1000 * sweep_s(nothing, {}, runs=64, n_jobs=2) / 64)
+    return [
+        Row("sweep, 32 tiny trainings, n_jobs=2", "s", two, one, "the same, n_jobs=1", "ratio <= 0.6"),
+        Row("sweep, start of 2 processes, once", "s", [start]),
+        Row("sweep, a run that does nothing, n_jobs=2", "ms", idle, asked="<= 20"),
+    ]
+
+
+def sweep_s(run: Callable[..., dict], settings: Mapping, *, runs: int, n_jobs: int) -> float:
+    """Wall seconds of a sweep that records its rows as evidence is recorded."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, start = RowStore(Path(folder) / "rows.jsonl", code="bench"), time.perf_counter()
+        rows = run_sweep(run, [settings], seeds=range(runs), store=store, n_jobs=n_jobs, progress=False)
+        took = time.perf_counter() - start
+    if failed := [row["failed"] for row in rows if row.get("failed")]:
+        raise AssertionError(f"a run failed: {failed[0]}")
+    return took
 
 
 # ---- the book --------------------------------------------------------------------------------------------

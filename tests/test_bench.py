@@ -71,3 +71,11 @@ def test_a_build_that_rendered_nothing_has_no_row(tmp_path):
     record.write_text(json.dumps({**run, "site": "build/html/index.html"}))
     (row,) = bench.rendering(record)
     assert (row.ours, row.unit) == ([21.5], "s") and "2026-01-02" in row.what
+
+
+@pytest.mark.slow
+def test_a_timed_sweep_records_each_run_and_a_failed_one_is_not_timed():
+    tiny = {**bench.TINY, "steps": 2}
+    assert 0 < bench.sweep_s(bench.train_composition, tiny, runs=2, n_jobs=1)
+    with pytest.raises(AssertionError, match="(?s)a run failed.*d_modl"):
+        bench.sweep_s(bench.train_composition, {**tiny, "d_modl": 1}, runs=1, n_jobs=1)

@@ -11,7 +11,7 @@ FLOORS = [
     {"paths", "choices"},
     {"tasks", "models"},
     {"metrics"},
-    {"optimizers", "checkpoints", "training", "sweeps"},
+    {"optimizers", "checkpoints", "training", "distributed", "model_axis", "sweeps"},
     {"experiments"},
     {"figures"},
     {"evidence"},

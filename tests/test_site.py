@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from lib.evidence import load_claims
-from lib.paths import BUILD, ROOT
+from lib.paths import BUILD, EVIDENCE, ROOT
 from lib.pipeline.layout import Layout
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -264,6 +264,15 @@ def test_the_site_is_the_whole_book_and_not_an_empty_one(html):
     claims = json.loads((BUILD / "claims.json").read_text(encoding="utf-8"))
     ledger = (html / "book/ledger.html").read_text(encoding="utf-8")
     assert claims and [claim["id"] for claim in claims if claim["id"] not in ledger] == []
+
+
+def test_every_recorded_experiment_stands_among_the_execution_times(html):
+    page = (html / "book/execution.html").read_text(encoding="utf-8")
+    files = [path for path in EVIDENCE.glob("*/*.jsonl")]
+    assert files
+    for path in files:
+        assert f"{path.parent.name}: {path.name.split('.')[0]}" in page
+    assert all(chapter.name in page for chapter in LAYOUT.chapters.values())
 
 
 def test_no_page_names_a_folder_of_the_machine_that_built_it(html):

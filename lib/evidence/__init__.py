@@ -1,9 +1,10 @@
 """Claims, evidence, verdicts: what was declared, what came out, by what it was made, and what follows.
 
 A chapter uses `Chapter` (`chapter.py`) and `lib.metrics.intervals`. Underneath: `claims` (declared),
-`rows` (append-only files), `code` and `provenance` (what made a row), `experiment` (rows as tables),
-`verdict` (decided), `tables` (shown), `ledger` (all chapters together). `python -m lib.evidence --help` for
-the commands.
+`rows` and `plans` (append-only files, and what they are to hold), `locks` (one recorder at a time), `code`
+and `provenance` (what made a row), `progress` and `forecast` (how far, how long), `experiment` (rows as
+tables), `verdict` (decided), `tables` (shown), `ledger` (all chapters together). `python -m lib.evidence
+--help` for the commands.
 """
 
 from lib.evidence.chapter import Chapter

@@ -1,4 +1,4 @@
-"""`python -m lib.evidence check | figure FILE | ledger`."""
+"""`python -m lib.evidence check | figure FILE | ledger | replan FILE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from lib.evidence import ledger, rows
+from lib.evidence import forecast, ledger, rows
 from lib.evidence.claims import load_claims
 from lib.evidence.files import EvidenceError, named
 from lib.paths import BOOK, BUILD, EVIDENCE, ROOT
@@ -25,11 +25,17 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
     )
     commands.add_parser("figure", help="print where a figure comes from").add_argument("file", type=Path)
     commands.add_parser("ledger", help="write build/claims.json and say how the claims stand")
+    replan_ = commands.add_parser(
+        "replan", help="withdraw the plan of a file of rows, to record other settings; its rows stay"
+    )
+    replan_.add_argument("file", type=Path)
     asked = parser.parse_args(argv)
     if asked.command == "check":
         return check(root)
     if asked.command == "figure":
         return figure(asked.file)
+    if asked.command == "replan":
+        return replan(asked.file, root)
     return show_ledger()
 
 
@@ -38,10 +44,17 @@ def check(root: Path = ROOT) -> int:
     problems, remedies = _claim_problems(root), []
     folders = [root / path.relative_to(ROOT) for path in (EVIDENCE, BUILD / "evidence")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.jsonl")):
-        found = rows.read(path, damaged="collect")
+        try:
+            found = rows.read(path, damaged="collect")
+        except EvidenceError as error:
+            problems.append(str(error))
+            continue
         failed = sum("failed" in row for row in found.rows)
         torn = "; an unfinished last line, which the next append removes" if found.torn else ""
-        print(f"{named(path, root)}: {len(found.rows)} rows, {failed} of them failed{torn}")
+        print(
+            f"{named(path, root)}: {len(found.rows)} rows, {failed} of them failed{torn}; "
+            f"{_standing(path, found, root)}"
+        )
         problems += [f"{named(path, root)}, line {damage.line}: {damage.why}" for damage in found.damaged]
         remedies += [rows.remedy(path)] if found.damaged else []
     for problem in problems:
@@ -50,6 +63,12 @@ def check(root: Path = ROOT) -> int:
         print(remedy, file=sys.stderr)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}." if problems else "No problems.")
     return 1 if problems else 0
+
+
+def _standing(path: Path, found: rows.Recorded, root: Path) -> str:
+    """What is recorded of the file's plan."""
+    now = forecast.standing(found, chapter=path.parent.name, experiment=path.name, root=root)
+    return " – ".join(filter(None, [now.counted() if found.plan else "", now.note]))
 
 
 def _claim_problems(root: Path) -> list[str]:
@@ -94,6 +113,22 @@ def figure(file: Path) -> int:
     except (OSError, ValueError, SyntaxError) as error:
         print(f"{file}: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def replan(file: Path, root: Path = ROOT) -> int:
+    """Withdraw the plan of a file of rows. 0, or 1 if that cannot be done."""
+    try:
+        if not file.is_file():
+            raise EvidenceError(f"there is no file {file}")
+        stay = rows.withdraw(file)
+    except EvidenceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(
+        f"{named(file.resolve(), root)}: the plan is withdrawn, its {stay} rows stay. "
+        "The next run of the chapter writes a new plan."
+    )
     return 0
 
 

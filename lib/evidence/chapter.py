@@ -15,6 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ from lib.evidence.claims import Claim, load_claims
 from lib.evidence.code import code_digest
 from lib.evidence.experiment import Experiment, Source
 from lib.evidence.files import EvidenceError, write_atomically
+from lib.evidence.progress import Progress, Watch, in_notebook
 from lib.evidence.tables import VERDICTS, Display, Table, badge, inline_html, show
 from lib.evidence.verdict import Verdict, decide, strongest
 from lib.paths import BUILD, EVIDENCE
@@ -56,8 +58,10 @@ class Chapter:
     """One execution of one chapter. Verdicts go to build/claims/<name>.json as they come, starting afresh.
 
     name: has claims in `claims` (a TOML file, default book/claims.toml). profile, device: as in
-    `lib.choices`. parameters: the other values of the notebook's parameters cell, for the record. evidence,
-    build: folders. Raises ValueError on any name that does not exist, before anything is computed or written.
+    `lib.choices`. jobs, backend: how many runs at a time ("auto": this machine's cores) and on what engine,
+    as in `lib.sweeps.run_sweep`; results do not depend on them, so they are not recorded. parameters: the
+    other values of the notebook's parameters cell, for the record. evidence, build: folders. Raises
+    ValueError on any value that does not exist, before anything is computed or written.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Chapter:
         *,
         profile: str,
         device: str = "auto",
+        jobs: int | str = "auto",
+        backend: str = "local",
         parameters: Mapping | None = None,
         claims: Path | None = None,
         evidence: Path = EVIDENCE,
@@ -74,7 +80,10 @@ class Chapter:
         declared = load_claims(claims)
         self.name = check_choice("chapter", name, dict.fromkeys(claim.chapter for claim in declared.values()))
         self.profile = check_choice("profile", profile, PROFILES)
-        self.device = resolve_device(device)
+        from lib.sweeps import BACKENDS  # here: it brings torch, which reading evidence does not need
+
+        self.jobs, self.backend = _checked_jobs(jobs), check_choice("backend", backend, BACKENDS)
+        self.device = _device(device, backend)
         self.provenance = provenance.collect(
             chapter=name, profile=profile, device=self.device, parameters=parameters
         )
@@ -84,6 +93,7 @@ class Chapter:
         self._verdicts: dict[tuple[str, str], Verdict] = {}
         self._names: set[str] = set()
         self._write()
+        self._progress = Progress(self._build / "progress" / f"{name}.json", name)
 
     @property
     def claims(self) -> Table:
@@ -121,16 +131,17 @@ class Chapter:
         grid: Sequence[Mapping],
         seeds: Sequence[int] = (0,),
         *,
-        n_jobs: int = 1,
         inputs: Mapping[str, Path] | None = None,
-        progress: bool = False,
+        time_limit: float | None = None,
+        per_gpu: int = 1,
     ) -> Experiment:
         """Run what is missing of grid x seeds, recording each run as it finishes; then read all of it back.
 
         run(settings, *, seed, scratch=None) -> dict of named numbers, defined in a module. inputs: data and
-        model files that it reads, recorded by digest. Rows of `quick` stay in build/, those of other profiles
-        are evidence. Raises EvidenceError if a file of rows was damaged, ValueError on an empty or repeated
-        grid.
+        model files that it reads, recorded by digest. time_limit: seconds for one attempt at a run. per_gpu:
+        runs that share a GPU. Rows of `quick` stay in build/, those of other profiles are evidence. Raises
+        EvidenceError if a file of rows was damaged, is of another schema, was planned with other settings, or
+        is being recorded into by another process; ValueError on an empty or repeated grid.
         """
         self._take(f"experiment {name}", name)
         grid = [rows.plain(dict(settings), "settings") for settings in grid]
@@ -147,11 +158,12 @@ class Chapter:
             code=code,
             provenance=self.provenance | {"experiment": name, "seeds": seeds, "inputs": digests},
         )
-        store.declare(grid, seeds)
-        from lib.sweeps import run_sweep  # here: it brings torch, which reading evidence does not need
-
+        function = f"{run.__module__}.{run.__qualname__}"
+        store.declare(grid, seeds, run=function, replace=self.profile == "quick")
         scratch = self._build / "scratch" / self.name / f"{name}.{self.profile}"
-        run_sweep(run, grid, seeds=seeds, store=store, n_jobs=n_jobs, scratch=scratch, progress=progress)
+        self._sweep(
+            name, run, grid, seeds=seeds, store=store, scratch=scratch, time_limit=time_limit, per_gpu=per_gpu
+        )
         found = rows.read(path)
         sources = [
             experiments.source(found, grid=grid, seeds=seeds, profile=self.profile, code=code, live=True)
@@ -159,10 +171,25 @@ class Chapter:
         if self.profile != "standard":
             found = rows.read(self._rows(name, "standard"))
             if found.plan and found.rows:
+                planned = {part: found.plan[part] for part in ("grid", "seeds")}
                 sources.append(
-                    experiments.source(found, **found.plan, profile="standard", code=code, live=False)
+                    experiments.source(found, **planned, profile="standard", code=code, live=False)
                 )
         return Experiment(name, sources)
+
+    def _sweep(self, name: str, run: Callable[..., dict], grid: list[dict], *, store, **how) -> None:
+        """Run what is missing, on this chapter's engine, and tell how far it is."""
+        from lib.sweeps import run_sweep
+
+        watch = Watch(self._progress, name)
+        try:
+            run_sweep(
+                run, grid, store=store, n_jobs=self.jobs, backend=self.backend, device=self.device,
+                about=partial(provenance.of_worker, run, store.code, self.device),
+                progress=watch if in_notebook() else True, **how,
+            )  # fmt: skip
+        finally:
+            watch.clear()
 
     def figure(self, name: str, figure, source: Source) -> Display:
         """Save a `lib.figures.Figure` with its provenance; shown, it is {numref}`fig-<chapter>-<name>`."""
@@ -311,6 +338,17 @@ class Chapter:
         write_atomically(
             self._build / "claims" / f"{self.name}.json", json.dumps(found, indent=1, sort_keys=True) + "\n"
         )
+
+
+def _checked_jobs(jobs: int | str) -> int | str:
+    if jobs == "auto" or (isinstance(jobs, int) and not isinstance(jobs, bool) and jobs >= 1):
+        return jobs
+    raise ValueError(f"jobs is {jobs!r}; it is 'auto' or a number of runs at a time, 1 or more")
+
+
+def _device(device: str, backend: str) -> str:
+    """The device behind `device`. Of a cluster's workers only they know whether they have a GPU."""
+    return device if device == "cuda" and backend != "local" else resolve_device(device)
 
 
 def _cited(claim: Claim) -> str:

@@ -34,7 +34,24 @@ def code_digest(run: Callable, *, root: Path = ROOT) -> str:
         raise ValueError(
             f"{name} is in no file, so its rows could not be told from older ones; put it in lib/experiments/"
         )
-    sources = {run.__module__: file} | _imported(file, run.__module__, root)
+    return _digest(name, run.__module__, file, root)
+
+
+def named_digest(run: str, *, root: Path = ROOT) -> str | None:
+    """The `code_digest` of a function given as "lib.experiments.module.function", read without importing it.
+
+    None if there is no such function.
+    """
+    module, _, name = run.rpartition(".")
+    file = _file_of(module, root)
+    if file is None:
+        return None
+    defined = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+    return _digest(name, module, file, root) if any(node.name == name for node in defined) else None
+
+
+def _digest(name: str, module: str, file: Path, root: Path) -> str:
+    sources = {module: file} | _imported(file, module, root)
     parts = [name] + [f"{module}\n{normal_source(sources[module])}" for module in sorted(sources)]
     return hashlib.sha256("\n\n".join(parts).encode()).hexdigest()[:16]
 
@@ -49,7 +66,11 @@ def lib_digest(root: Path = ROOT) -> str:
 
 def normal_source(file: Path) -> str:
     """The source without comments, docstrings and blank lines; other strings keep every character."""
-    text = file.read_text(encoding="utf-8")
+    return _normal(file.read_text(encoding="utf-8"))
+
+
+@cache  # by the text itself: an experiment asks again for every file, and an edited file is another text
+def _normal(text: str) -> str:
     tree, lines = ast.parse(text), text.split("\n")
     verbatim = set()  # lines that end inside a string
     for node in ast.walk(tree):
@@ -96,11 +117,16 @@ def _imported(file: Path, module: str, root: Path) -> dict[str, Path]:
     return found
 
 
-def _targets(file: Path, module: str) -> set[str]:
+def _targets(file: Path, module: str) -> frozenset[str]:
     """Dotted names that the source may import, with the packages above them, which run first."""
-    names = set()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    return _imports(file.read_text(encoding="utf-8"), package)
+
+
+@cache
+def _imports(text: str, package: str) -> frozenset[str]:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -109,7 +135,9 @@ def _targets(file: Path, module: str) -> set[str]:
             names.add(base)
             names.update(f"{base}.{alias.name}" for alias in node.names)
     parts = [name.split(".") for name in names]
-    return {".".join(name[:n]) for name in parts if name[0] == "lib" for n in range(1, len(name) + 1)}
+    return frozenset(
+        ".".join(name[:n]) for name in parts if name[0] == "lib" for n in range(1, len(name) + 1)
+    )
 
 
 def _file_of(module: str, root: Path) -> Path | None:

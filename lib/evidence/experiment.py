@@ -90,6 +90,11 @@ class Experiment:
         return next((source for source in self.sources if source.profile == "standard"), None)
 
     @property
+    def judged(self) -> list[Source]:
+        """The sources to draw verdicts from: the live one, and the recorded one if no run is missing."""
+        return [source for source in self.sources if source.live or not source.missing]
+
+    @property
     def best(self) -> Source:
         """The recorded standard runs if none is missing, else the live ones; `Source.line` tells flaws."""
         return self.recorded if self.recorded and not self.recorded.missing else self.live

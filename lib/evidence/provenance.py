@@ -6,12 +6,13 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from lib.evidence.code import lib_digest
+from lib.evidence.code import code_digest, lib_digest
+from lib.evidence.files import EvidenceError
 from lib.evidence.rows import plain
 
 
@@ -25,14 +26,34 @@ def collect(*, chapter: str, profile: str, device: str, parameters: Mapping | No
         "chapter": chapter,
         "profile": profile,
         "parameters": plain(parameters or {}, "parameters"),
+        "lib": lib_digest(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    } | of_process(device)
+
+
+def of_process(device: str) -> dict:
+    """What the process that computes adds: machine, device, versions."""
+    return {
         "device": device_name(device),
         "machine": machine(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "numpy": version("numpy"),
-        "lib": lib_digest(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def of_worker(run: Callable, code: str, device: str) -> dict:
+    """`of_process`, asked where `run` is to run, perhaps on another machine.
+
+    Raises EvidenceError if that has other code than the driver, whose `code_digest` is `code`.
+    """
+    if code_digest(run) != code:
+        raise EvidenceError(
+            f"the worker (process {os.getpid()} on {platform.node()}) has other code for {run.__module__}."
+            f"{run.__qualname__} than the driver: install the same checkout there, or, if the code was "
+            "edited meanwhile, run the chapter again"
+        )
+    return of_process(device)
 
 
 def file_digest(path: Path) -> str:
@@ -53,7 +74,8 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         import torch  # only here: a chapter on a CPU has no need of it for its name
 
-        return torch.cuda.get_device_name(device)
+        # A driver without a GPU may send its runs to workers that have one, and they name it.
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "CUDA"
     return "Apple GPU" if device == "mps" else "CPU"
 
 

@@ -2,9 +2,9 @@
 
 A line is JSON with sorted keys, of one of three kinds: a row (`settings`, `seed`, `result`, `code`,
 `provenance`, `wall_s`, `core_s`, `recorded`), a `provenance` that the rows below it refer to by `id`, or the
-`plan`, the grid and seeds that the file is to hold. A line is written whole, under a lock, and synced to
-disk. What a killed process or a full disk left of a last line has no newline, so it is never a row, and the
-next append removes it.
+`plan`, the runs that the file is to hold (null: withdrawn). Provenance and plan name their `schema`. A line
+is written whole, under a lock, and synced to disk. What a killed process or a full disk left of a last line
+has no newline, so it is never a row, and the next append removes it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.choices import check_choice
-from lib.evidence.files import EvidenceError, named
+from lib.evidence import plans
+from lib.evidence.files import EvidenceError, append, named
+from lib.evidence.locks import held
+from lib.evidence.plans import canonical
 from lib.paths import ROOT
 
-try:
-    import fcntl
-except ImportError:  # Windows: appends are whole, but only one process may record into a file at a time
-    fcntl = None
+# Every schema seals its lines in the same way, so a sound line of another one can be told from a damaged one.
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,21 @@ def plain(value: object, place: str = "value") -> object:
 
 def run_key(settings: Mapping, seed: int) -> str:
     """The name of one run: its settings and seed, as canonical JSON."""
-    return _json({"seed": plain(seed, "seed"), "settings": plain(settings, "settings")})
+    return canonical({"seed": plain(seed, "seed"), "settings": plain(settings, "settings")})
 
 
 def content(row: Mapping) -> str:
     """What a row says about its run: the same to the byte whenever and wherever that run is repeated."""
     kept = ("code", "failed", "result", "seed", "settings")
-    return _json({key: row[key] for key in kept if key in row})
+    return canonical({key: row[key] for key in kept if key in row})
 
 
 def read(path: Path, damaged: str = "raise") -> Recorded:
     """All whole lines of `path`; an absent file holds none.
 
     damaged: "raise" an EvidenceError naming file, line and remedy at the first line that does not match its
-    digest, or "collect" such lines and read the others.
+    digest, or "collect" such lines and read the others. A line of another schema is always an EvidenceError:
+    nothing is wrong with the file then.
     """
     check_choice("damaged", damaged, ["raise", "collect"])
     path, found = Path(path), Recorded()
@@ -110,6 +113,11 @@ def read(path: Path, damaged: str = "raise") -> Recorded:
             if damaged == "raise":
                 raise EvidenceError(f"{damage.file}, line {number}: {why}. {remedy(path)}")
             found.damaged.append(damage)
+        elif (schema := line.get("schema", 1)) != SCHEMA:
+            raise EvidenceError(
+                f"{named(path, ROOT)}, line {number}: it is of schema {schema}, this checkout reads schema "
+                f"{SCHEMA}. The file is sound: update the checkout (`git pull`), and leave the file as it is"
+            )
         elif "plan" in line:
             found.plan = line["plan"]
         elif "id" in line:
@@ -140,10 +148,7 @@ class RowStore:
     def __init__(self, path: Path, *, code: str, provenance: Mapping | None = None):
         self.path, self.code = Path(path), code
         self.provenance = plain(provenance or {}, "provenance")
-        self.id = _digest({key: part for key, part in self.provenance.items() if key != "date"})
-        self._done = {
-            self.key(row["settings"], row["seed"]) for row in self._current() if not row.get("failed")
-        }
+        self._look()
 
     def key(self, settings: Mapping, seed: int) -> str:
         return run_key(settings, seed)
@@ -152,18 +157,51 @@ class RowStore:
         """Whether that run has finished, by the current code, without failing."""
         return key in self._done
 
+    def expected(self, settings: Mapping, seed: int) -> float | None:
+        """Core seconds that this run took when it last finished, by whatever code; None if it never did."""
+        return self._core_s.get(self.key(settings, seed))
+
     def rows(self) -> list[dict]:
         """The newest row of every run by the current code, failed ones included, in the file's order."""
-        return list({self.key(row["settings"], row["seed"]): row for row in self._current()}.values())
+        current = [row for row in read(self.path).rows if row["code"] == self.code]
+        return list({self.key(row["settings"], row["seed"]): row for row in current}.values())
 
-    def _current(self) -> list[dict]:
-        return [row for row in read(self.path).rows if row["code"] == self.code]
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Record alone: while the block runs, others that want to record here get an EvidenceError.
 
-    def declare(self, grid: list[dict], seeds: list[int]) -> None:
-        """Write down which runs the file is to hold, unless its last plan says so already."""
-        plan = plain({"grid": grid, "seeds": seeds}, "plan")
-        if read(self.path).plan != plan:
-            _append(self.path, lambda before: _seal({"plan": plan}))
+        An EvidenceError too if the file cannot be written and runs are to do.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(lock, f"recording into {named(self.path, ROOT)}"))
+            except OSError as error:
+                if not self._complete():
+                    raise _unwritable(self.path, error) from error
+            self._look()  # what another process recorded since this store was opened
+            yield
+
+    def declare(self, grid: list[dict], seeds: list[int], *, run: str, replace: bool = False) -> None:
+        """Write down which runs the file is to hold and what makes them, unless its plan says so already.
+
+        run: the function, as "lib.experiments.module.function". Rows that `rescue` kept are taken in first.
+        Raises EvidenceError if the file's plan holds runs that this one lacks, except with `replace`.
+        """
+        plan, file = plain({"grid": grid, "seeds": seeds, "run": run}, "plan"), named(self.path, ROOT)
+        before = read(self.path).plan
+        if before and not replace and (changed := plans.difference(before, plan)):
+            raise EvidenceError(
+                f"{file} was started with other settings: {changed}. Undo that change and the runs go on "
+                f"where they stopped; or, if it is meant, `python -m lib.evidence replan {file}` withdraws "
+                "the file's plan, and the recorded rows stay"
+            )
+        try:
+            self._take_in_rescued()
+            if before != plan:
+                append(self.path, lambda _: _seal({"plan": plan, "schema": SCHEMA}))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def append(
         self,
@@ -174,8 +212,31 @@ class RowStore:
         wall_s: float,
         core_s: float,
         failed: str | None = None,
+        about: Mapping | None = None,
     ) -> dict:
-        """Record one finished run; -> its row. A result that JSON cannot hold is recorded as a failure."""
+        """Record one finished run; -> its row. A result that JSON cannot hold is recorded as a failure.
+
+        about: the parts of the provenance in which the process that made this run differs from the driver.
+        """
+        row, made = self._row(settings, seed, result, wall_s, core_s, failed, about)
+        self._write(row, made)
+        return row
+
+    def rescue(self, row: Mapping) -> Path | None:
+        """Keep a run that could not be appended in the system's temporary folder; -> the file, None if that
+        fails too. row: the arguments of `append`. The next `declare` takes it in.
+        """
+        kept = self._rescued()
+        arguments = {"failed": None, "about": None} | dict(row)
+        sealed, made = self._row(**arguments)
+        try:
+            append(kept, _lines(sealed, made))
+        except OSError:
+            return None
+        return kept
+
+    def _row(self, settings, seed, result, wall_s, core_s, failed, about) -> tuple[dict, dict]:
+        """The row of one finished run, and its provenance."""
         row = {"settings": plain(settings, "settings"), "seed": plain(seed, "seed"), "code": self.code}
         try:
             if not failed and not isinstance(result, Mapping):
@@ -187,36 +248,88 @@ class RowStore:
             row["result"], failed = None, f"{type(error).__name__}: {error}"
         if failed:
             row["failed"] = _without_paths(failed)
+        made = self.provenance | plain(about or {}, "about")
         row |= {
-            "provenance": self.id,
+            "provenance": _digest({key: part for key, part in made.items() if key != "date"}),
             "wall_s": round(float(wall_s), 3),
             "core_s": round(float(core_s), 3),
             "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        return row, made
 
-        def lines(before: bytes) -> bytes:
-            known = f'"id":"{self.id}"'.encode() in before
-            head = b"" if known else _seal({"id": self.id, "provenance": self.provenance})
-            return head + _seal(row)
+    def _write(self, row: dict, made: dict) -> None:
+        append(self.path, _lines(row, made))
+        if not row.get("failed"):
+            key = self.key(row["settings"], row["seed"])
+            self._core_s[key] = row["core_s"]
+            if row["code"] == self.code:
+                self._done.add(key)
 
-        _append(self.path, lines)
-        if not failed:
-            self._done.add(self.key(row["settings"], row["seed"]))
-        return row
+    def _look(self) -> None:
+        finished = [row for row in read(self.path).rows if not row.get("failed")]
+        self._core_s = {self.key(row["settings"], row["seed"]): row["core_s"] for row in finished}
+        self._done = {self.key(row["settings"], row["seed"]) for row in finished if row["code"] == self.code}
+
+    def _complete(self) -> bool:
+        plan = read(self.path).plan
+        return plan is not None and set(plans.keys(plan)) <= self._done
+
+    def _rescued(self) -> Path:
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"proof-and-probe-{place}.jsonl"
+
+    def _take_in_rescued(self) -> None:
+        kept = self._rescued()
+        if not kept.exists() or (hasattr(os, "getuid") and kept.stat().st_uid != os.getuid()):
+            return  # the folder is everybody's: a file of somebody else is not ours to believe
+        found = read(kept, damaged="collect")
+        whole = [row for row in found.rows if row["provenance"] in found.provenance]
+        for row in whole:
+            self._write(row, found.provenance[row["provenance"]])
+        kept.unlink()
+        print(f"{named(self.path, ROOT)}: took in what waited in {kept}, runs: {len(whole)}.")
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def withdraw(path: Path) -> int:
+    """Withdraw the plan of a file of rows, so that the next one may be any; -> how many rows stay.
+
+    Raises EvidenceError if there is no plan, or while somebody records into the file.
+    """
+    store = RowStore(path, code="")
+    if read(store.path).plan is None:
+        raise EvidenceError(f"{named(store.path, ROOT)} has no plan that could be withdrawn")
+    with store.held():
+        append(store.path, lambda _: _seal({"plan": None, "schema": SCHEMA}))
+    return len(read(store.path).rows)
+
+
+def _unwritable(path: Path, error: OSError) -> EvidenceError:
+    return EvidenceError(
+        f"{named(path, ROOT)} cannot be written ({error.strerror or error}); no run was started. Make room "
+        "on the disk, or make the folder writable, and give the same command again"
+    )
+
+
+def _lines(row: dict, made: dict) -> Callable[[bytes], bytes]:
+    """What to append for `row`, given what the file holds: its provenance if that is new, then the row."""
+
+    def lines(before: bytes) -> bytes:
+        if (sealed := _seal(row)) in before:
+            return b""  # a rescued row that had been written after all
+        known = f'"id":"{row["provenance"]}"'.encode() in before
+        head = {"id": row["provenance"], "provenance": made, "schema": SCHEMA}
+        return (b"" if known else _seal(head)) + sealed
+
+    return lines
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(_json(value).encode()).hexdigest()[
-        :16
-    ]  # 64 bits: against accidents, not adversaries
+    # 64 bits: against accidents, not adversaries
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
 def _seal(line: dict) -> bytes:
-    return (_json(line | {"digest": _digest(line)}) + "\n").encode()
+    return (canonical(line | {"digest": _digest(line)}) + "\n").encode()
 
 
 _ROW = {"settings", "seed", "result", "code", "provenance", "wall_s", "core_s", "recorded"}
@@ -231,7 +344,9 @@ def _open(text: bytes) -> tuple[dict, str]:
             return {}, "its content does not match its digest"
     except (ValueError, KeyError, AttributeError, TypeError):
         return {}, "it is not a line of evidence"
-    if "plan" in line or {"id", "provenance"} == set(line) or _ROW <= set(line):
+    if line.get("schema", SCHEMA) != SCHEMA:
+        return line, ""
+    if "plan" in line or {"id", "provenance"} <= set(line) or _ROW <= set(line):
         return line, ""
     return {}, "it is neither a row nor a provenance nor a plan"
 
@@ -245,44 +360,3 @@ def _without_paths(trace: str) -> str:
 def _short(file: str) -> str:
     path = Path(file)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-
-
-@contextmanager
-def _locked(path: Path):
-    """A descriptor of `path` for appending, that no other process of ours holds at the same time."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)  # this also releases the lock
-    if new and fcntl:  # the entry of a new file in its folder must survive a power cut too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def _append(path: Path, lines: Callable[[bytes], bytes]) -> None:
-    """Append what `lines` makes of the file's whole lines, all or nothing. Removes a torn last line first."""
-    with _locked(path) as descriptor:
-        before = _read_all(descriptor)
-        whole = before[: before.rfind(b"\n") + 1]
-        if len(whole) < len(before):
-            os.ftruncate(descriptor, len(whole))
-        text = lines(whole)
-        written = os.write(descriptor, text)
-        if written < len(text):  # a full disk: leave no half line behind, and say so
-            os.ftruncate(descriptor, len(whole))
-            raise OSError(f"{path.name}: only {written} of {len(text)} bytes fitted; is the disk full?")
-
-
-def _read_all(descriptor: int) -> bytes:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    parts = []
-    while part := os.read(descriptor, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)

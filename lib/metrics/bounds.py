@@ -17,6 +17,9 @@ is Theorem 8.4 of Anthony and Bartlett, numbering from memory.
 *Deciding an inequality exactly.* Equality would make a power of e rational, and e is transcendental: it
 never happens. So floats decide whenever the difference exceeds their rounding error, and otherwise decimals
 of growing precision decide after finitely many rounds.
+
+The bounds for L layers live in `lib.metrics.sequential_bounds` and `lib.metrics.two_layer`; their names are
+importable from here.
 """
 
 from __future__ import annotations
@@ -29,6 +32,23 @@ from decimal import Decimal, localcontext
 from itertools import pairwise
 
 from lib.choices import check_choice
+from lib.metrics.sequential_bounds import Certificate as Certificate
+from lib.metrics.sequential_bounds import Family as Family
+from lib.metrics.sequential_bounds import accumulator_size as accumulator_size
+from lib.metrics.sequential_bounds import exponent as exponent
+from lib.metrics.sequential_bounds import frozen_families as frozen_families
+from lib.metrics.sequential_bounds import least_hdp as least_hdp
+from lib.metrics.sequential_bounds import least_kappa as least_kappa
+from lib.metrics.sequential_bounds import paper_certificate as paper_certificate
+from lib.metrics.sequential_bounds import paper_prompt_log2 as paper_prompt_log2
+from lib.metrics.sequential_bounds import (
+    sequential_composition_certificate as sequential_composition_certificate,
+)
+from lib.metrics.sequential_bounds import theorem_kappa as theorem_kappa
+from lib.metrics.two_layer import TwoLayerCertificate as TwoLayerCertificate
+from lib.metrics.two_layer import check_two_layer as check_two_layer
+from lib.metrics.two_layer import two_layer_certificate as two_layer_certificate
+from lib.metrics.two_layer import two_layer_estimate as two_layer_estimate
 
 THEOREMS = ("B*", "B**", "B*-one-head", "B**-one-head", "generic-VC")
 

@@ -11,6 +11,8 @@ exists for every layer as soon as H(d+1)p < m log2 m (`lib.metrics.bounds.least_
 
 Everything is integers: weights, values and accumulators, so "the same" means equal. Source: proved in
 `one-layer-limits`; the counting bound is after Peng, Narayanan and Papadimitriou, arXiv 2402.08164.
+
+Several layers, as a protocol of many players: `lib.metrics.protocol`, whose names are importable from here.
 """
 
 from __future__ import annotations
@@ -21,6 +23,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+
+from lib.metrics.protocol import Message as Message
+from lib.metrics.protocol import Player as Player
+from lib.metrics.protocol import Transcript as Transcript
+from lib.metrics.protocol import protocol_bits as protocol_bits
+from lib.metrics.protocol import sequential_parties as sequential_parties
+from lib.metrics.protocol import simulate as simulate
 
 ENUMERABLE = 2_000_000    # tables: 7^7 = 823543 fit, 8^8 = 16.8 million do not; 9! = 362880 permutations do
 

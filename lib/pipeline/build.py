@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import nbformat
 
 from lib.choices import PROFILES
-from lib.pipeline import cache, execute, render, stage
+from lib.evidence.locks import Held, held
+from lib.pipeline import ahead, cache, execute, facts, render, stage
 from lib.pipeline.layout import Chapter, Layout
-from lib.pipeline.progress import Clock
+from lib.pipeline.progress import Clock, Runs
 from lib.pipeline.request import Job, RequestError, plan
 
+T = TypeVar("T")
 VERDICTS = ("supported", "not supported", "inconclusive", "not attempted")
 
 
 @dataclass
 class Result:
-    """What became of one chapter: executed, reused, failed, earlier run, or not executed."""
+    """What became of one chapter: executed, reused, failed, earlier run, or not executed.
+
+    seconds: of this build. run: profile, parameters, seconds and end of the execution that the page shows.
+    """
 
     chapter: Chapter
     state: str
     seconds: float = 0.0
     page: nbformat.NotebookNode | None = None
+    run: dict = field(default_factory=dict)
     failure: execute.Failure | None = None
 
 
@@ -57,11 +63,11 @@ def chapter(layout: Layout, jobs: list[Job], ledger) -> int:
 def evidence(layout: Layout, jobs: list[Job], ledger) -> int:
     """Execute chapters with the standard profile, which records evidence as it comes. Renders nothing."""
     jobs = [job for job in jobs if "profile" in job.parameters]
-    print("Records the standard evidence in data/evidence/: up to 90 minutes a chapter on two cores.")
-    print("Stop it with Ctrl-C and call it again whenever you like: finished runs are kept.")
-    print(f"Chapters: {', '.join(job.chapter.name for job in jobs)}\n", flush=True)
     with _alone(layout):
         _check_claims(ledger)
+        forecast = _checked(ahead.told, layout, jobs)
+        print("Records the standard evidence in data/evidence/. Stop it with Ctrl-C and call it again")
+        print(f"whenever you like: finished runs are kept.\n\n{forecast}", flush=True)
         results = [_settle(layout, job, ledger) for job in jobs]
         _report(layout, results, ledger, command="evidence", profile="standard", site=False)
         return int(any(result.failure for result in results))
@@ -69,8 +75,13 @@ def evidence(layout: Layout, jobs: list[Job], ledger) -> int:
 
 def _check_claims(ledger) -> None:
     """A mistake in book/claims.toml is told before chapters run for minutes and then meet it."""
+    _checked(ledger.build)
+
+
+def _checked(look: Callable[..., T], *arguments: object) -> T:
+    """What `look` returns; damage that it meets ends the command before anything runs."""
     try:
-        ledger.build()
+        return look(*arguments)
     except ValueError as error:
         raise RequestError([str(error)]) from error
 
@@ -86,23 +97,43 @@ def _settle(layout: Layout, job: Job, ledger) -> Result:
     if entry:
         cache.restore(layout, job.chapter, entry)
         print(f"{job.chapter.name:<28}   0:00  reused", flush=True)
-        return Result(job.chapter, "reused", page=stage.merge(source, entry.notebook))
-    with Clock(job.chapter.name, _why(cache.newest(layout, job.chapter), prints)) as clock:
-        cache.forget(layout, job.chapter)
-        executed, failure = execute.run(layout, job, clock)
-        clock.done("FAILED" if failure else "executed")
+        return Result(job.chapter, "reused", page=stage.merge(source, entry.notebook), run=entry.facts)
+    executed, failure = _execute(layout, job, _why(cache.newest(layout, job.chapter), prints))
     seconds = time.monotonic() - start
     if failure:
         print(f"\n{failure}\n", flush=True)
         return Result(job.chapter, "failed", seconds, failure=failure)
     after = cache.fingerprint(layout, job.chapter, job.parameters)
+    run = {
+        "profile": job.profile,
+        "parameters": job.parameters,
+        "seconds": round(seconds, 1),
+        "finished": _now(),
+    }
     if cache.settled(job.chapter, prints, after):
-        facts = {"profile": job.profile, "parameters": job.parameters, "seconds": round(seconds, 1)}
-        cache.keep(layout, job.chapter, after, executed, facts)
+        cache.keep(layout, job.chapter, after, executed, run)
     else:
         edited = ", ".join(cache.changed(prints, after))
         print(f"{job.chapter.name}: not kept for reuse; this changed while it ran: {edited}", flush=True)
-    return Result(job.chapter, "executed", seconds, page=stage.merge(source, executed))
+    return Result(job.chapter, "executed", seconds, page=stage.merge(source, executed), run=run)
+
+
+def _execute(
+    layout: Layout, job: Job, why: str
+) -> tuple[nbformat.NotebookNode | None, execute.Failure | None]:
+    """Run the chapter below a clock that tells its experiments' progress; stopped, say what is recorded."""
+    runs = Runs(layout.progress(job.chapter.name))
+    runs.path.unlink(missing_ok=True)
+    try:
+        with Clock(job.chapter.name, why, look=runs.look) as clock:
+            cache.forget(layout, job.chapter)
+            executed, failure = execute.run(layout, job, clock)
+            clock.done("FAILED" if failure else "executed")
+    except KeyboardInterrupt:
+        if experiment := runs.read().get("experiment"):
+            print(f"\n{ahead.recorded(layout, job, experiment)}", flush=True)
+        raise
+    return executed, failure
 
 
 def _as_it_is(layout: Layout, job: Job) -> Result:
@@ -111,9 +142,10 @@ def _as_it_is(layout: Layout, job: Job) -> Result:
     prints = cache.fingerprint(layout, job.chapter, job.parameters)
     if entry := cache.find(layout, job.chapter, prints):
         cache.restore(layout, job.chapter, entry)
-        return Result(job.chapter, "reused", page=stage.merge(source, entry.notebook))
+        return Result(job.chapter, "reused", page=stage.merge(source, entry.notebook), run=entry.facts)
     if entry := cache.newest(layout, job.chapter):
-        return Result(job.chapter, "earlier run", page=stage.earlier_page(layout, job.chapter, entry))
+        page = stage.earlier_page(layout, job.chapter, entry)
+        return Result(job.chapter, "earlier run", page=page, run=entry.facts)
     return Result(job.chapter, "not executed", page=stage.unexecuted_page(layout, job.chapter, source))
 
 
@@ -126,7 +158,9 @@ def _finish(layout: Layout, results: list[Result], ledger, *, command: str, prof
         print(f"\nNot rendered, since these chapters failed: {names}.{_old_site(layout)}")
         return 1
     with Clock("rendering") as clock:
-        stage.write(layout, {r.chapter.name: r.page for r in results}, ledger.at_a_glance())
+        runs = {r.chapter.name: r.run | {"state": r.state} for r in results}
+        parts = {stage.GLANCE: ledger.at_a_glance()} | facts.fragments(layout, runs)
+        stage.write(layout, {r.chapter.name: r.page for r in results}, parts)
         unfinished = {r.chapter.page for r in results if r.state in ("earlier run", "not executed")}
         problems = render.render(layout, unfinished=unfinished)
         clock.done("FAILED" if problems else "done")
@@ -165,10 +199,10 @@ def _report(
     for row in [heads, *rows]:
         print("  ".join(c.rjust(w) if i in (1, 3, 4, 5, 6) else c.ljust(w)
                         for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())  # fmt: skip
-    facts = {
+    record = {
         "command": command,
         "profile": profile,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished": _now(),
         "chapters": [
             {
                 "chapter": r.chapter.name,
@@ -183,7 +217,11 @@ def _report(
         "site": "build/html/index.html" if site else None,
     }
     layout.build.mkdir(exist_ok=True)
-    (layout.build / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (layout.build / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _why(entry: cache.Entry | None, prints: dict[str, str]) -> str:
@@ -200,11 +238,10 @@ def _old_site(layout: Layout) -> str:
 @contextlib.contextmanager
 def _alone(layout: Layout) -> Iterator[None]:
     """One build at a time in one checkout; the lock ends with the process, however that ends."""
-    layout.build.mkdir(exist_ok=True)
-    with (layout.build / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(["another build is running in this checkout; wait for it to end"]) from None
+            stack.enter_context(held(layout.build / ".lock", "a build in this checkout"))
+        except Held as refusal:
+            raise RequestError([str(refusal)]) from None
         render.recover(layout.html)
         yield

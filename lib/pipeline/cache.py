@@ -17,13 +17,14 @@ from pathlib import Path
 import nbformat
 
 from lib.pipeline.layout import Chapter, Layout
+from lib.pipeline.request import SPREAD
 
 KEEP = 4  # entries a chapter: enough for two profiles before and after an edit
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished execution. `facts` is entry.json: fingerprint, profile, parameters, seconds."""
+    """A finished execution. `facts` is entry.json: fingerprint, profile, parameters, seconds, finished."""
 
     folder: Path
     facts: dict
@@ -34,7 +35,11 @@ class Entry:
 
 
 def fingerprint(layout: Layout, chapter: Chapter, parameters: dict) -> dict[str, str]:
-    """Hash of each input on which the chapter's outputs depend, by name. Prose is not among them."""
+    """Hash of each input on which the chapter's outputs depend, by name.
+
+    Not among them: prose, and the parameters that only say where runs happen.
+    """
+    parameters = {name: value for name, value in parameters.items() if name not in SPREAD}
     cells = [
         [cell["metadata"].get("tags", []), "".join(cell["source"])]
         for cell in chapter.source["cells"]
@@ -50,7 +55,7 @@ def fingerprint(layout: Layout, chapter: Chapter, parameters: dict) -> dict[str,
     files = {layout.root / "requirements.txt"}
     files.update(path for pattern in chapter.reads for path in layout.root.glob(pattern))
     for path in sorted(files - {own}):
-        if path.is_file():
+        if path.is_file() and not path.name.startswith("."):  # a lock beside the rows is no input
             found[path.relative_to(layout.root).as_posix()] = _hash(path.read_bytes())
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import nbformat
 from lib.pipeline.layout import Layout
 from lib.pipeline.progress import Clock
 from lib.pipeline.request import Job
+
+LINES = 40  # of an error's message: more than any of ours has
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def run(layout: Layout, job: Job, clock: Clock) -> tuple[nbformat.NotebookNode |
             extra_arguments=["--log-level=CRITICAL"],  # a kernel's log would tear the clock's line
         )
         return executed, None
+    except KeyboardInterrupt:
+        # The kernel's end then reaches a task that nobody awaits: asyncio would print it, screens of it.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
     except Exception as error:  # whatever stops one chapter is reported and does not stop the others
         cell = running[0] if running else None
         place = _place(notebook, code_cells, cell)
@@ -87,5 +94,8 @@ def _place(notebook: nbformat.NotebookNode, code_cells: list[int], cell) -> int 
 
 
 def _plain(text: str) -> str:
-    """First lines of a message, without the colours of a terminal."""
-    return "\n    ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[:8])
+    """A message without the colours of a terminal: whole, since the remedy often stands last."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    if len(lines) > LINES:
+        lines[LINES:] = [f"(and {len(lines) - LINES} more lines)"]
+    return "\n    ".join(lines)

@@ -65,6 +65,14 @@ class Layout:
     def claims(self, chapter: str) -> Path:
         return self.build / "claims" / f"{chapter}.json"
 
+    def progress(self, chapter: str) -> Path:
+        """What the chapter's experiments say while they run."""
+        return self.build / "progress" / f"{chapter}.json"
+
+    @property
+    def evidence(self) -> Path:
+        return self.root / "data" / "evidence"
+
     @cached_property
     def pages(self) -> list[str]:
         """Pages in reading order, as `_toc.yml` names them: paths from the root, without suffix."""

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import shlex
 from dataclasses import dataclass
 
 from lib.choices import DEVICES, PROFILES, check_choice, resolve_device
 from lib.pipeline.layout import Chapter, Layout
+
+# Where the runs of a chapter's sweeps are spread, and the package that each needs: as `lib.sweeps` has them,
+# which is not imported for it, since it brings torch.
+BACKENDS = {"local": "joblib", "dask": "distributed", "ray": "ray"}
+SPREAD = ("jobs", "backend")  # parameters that say where runs happen; no result depends on them
+INSTALL = ".venv/bin/python -m pip install -r requirements-cluster.txt"
 
 
 class RequestError(ValueError):
@@ -27,11 +35,22 @@ class Job:
     parameters: dict
 
 
-def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> list[Job]:
+def plan(
+    layout: Layout,
+    *,
+    chapter: str | None,
+    profile: str,
+    params: str,
+    backend: str = "",
+    scheduler: str = "",
+    jobs: str = "",
+) -> list[Job]:
     """The chapters to execute and their parameters; `chapter` None stands for all of them.
 
-    With all chapters, a parameter goes to those that have it; at least one must.
-    Raises RequestError with every mistake found: chapter, profile, parameter names, device, pages.
+    With all chapters, a parameter goes to those that have it; at least one must. backend, jobs: parameters
+    with a name of their own on the command line; empty: as the chapter has them. scheduler: an address, for
+    backend "dask" alone. Raises RequestError with every mistake found: chapter, profile, parameter names,
+    device, backend, pages.
     """
     try:
         layout.chapters  # noqa: B018 - reads every notebook: a damaged one is told before anything runs
@@ -41,6 +60,7 @@ def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> l
                 for page in layout.missing_pages()]  # fmt: skip
     given, malformed = parse(params)
     problems += malformed
+    problems += _add_spread(given, backend=backend, jobs=jobs)
     problems += _choice("profile", profile, PROFILES)
     if chapter == "":
         problems.append(f"Which chapter? As in CHAPTER={next(iter(layout.chapters), '…')}; allowed: "
@@ -52,6 +72,7 @@ def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> l
     chosen = [c for c in layout.chapters.values() if chapter in (None, c.name)]
     known = {c.name: parameters_of(c) for c in chosen}
     problems += _parameter_problems(chapter, known, given)
+    problems += _spread(given, scheduler)
     if "device" in given:
         problems += _device(str(given["device"]), check_machine=not problems)
     if chapter in known and "profile" not in known[chapter] and profile != PROFILES[0]:
@@ -59,6 +80,29 @@ def plan(layout: Layout, *, chapter: str | None, profile: str, params: str) -> l
     if problems:
         raise RequestError(problems)
     return [Job(c, profile, _differing({**given, "profile": profile}, known[c.name])) for c in chosen]
+
+
+def _add_spread(given: dict, *, backend: str, jobs: str) -> list[str]:
+    """Put BACKEND and JOBS, where the reader gave them, among the parameters; told: those given twice."""
+    asked = {"backend": backend.strip(), "jobs": jobs.strip()}
+    twice = [name for name, value in asked.items() if value and name in given]
+    given.update({name: _typed(value) for name, value in asked.items() if value})
+    return [f"{name!r} is given twice: as {name.upper()}=… and in PARAMS" for name in twice]
+
+
+def _spread(given: dict, scheduler: str) -> list[str]:
+    """What is wrong with backend, scheduler and jobs."""
+    backend, jobs = given.get("backend", "local"), given.get("jobs", "auto")
+    problems = _choice("backend", backend, BACKENDS)
+    if not problems and importlib.util.find_spec(BACKENDS[backend]) is None:
+        problems.append(f"backend {backend!r} needs a package that is not installed here: {INSTALL}")
+    if scheduler.strip() and backend != "dask":
+        problems.append(f"SCHEDULER={scheduler} is the address of a Dask scheduler: add BACKEND=dask")
+    if scheduler.strip() and not re.fullmatch(r"[a-z]+://\S+", scheduler.strip()):
+        problems.append(f"SCHEDULER={scheduler} is no address; they look like tcp://192.168.0.7:8786")
+    if jobs != "auto" and (type(jobs) is not int or jobs < 1):
+        problems.append(f"jobs={jobs!r}: runs at a time, a whole number from 1, or auto: the cores there are")
+    return problems
 
 
 def parse(text: str) -> tuple[dict, list[str]]:
@@ -135,7 +179,10 @@ def _parameter_problems(chapter: str | None, known: dict[str, dict], given: dict
     if chapter is not None and given and not known[chapter]:
         return [f"chapter {chapter!r} has no cell tagged 'parameters': it takes no PARAMS"]
     allowed = sorted({name for names in known.values() for name in names} - {"profile"})
-    return [problem for name in given for problem in _choice("parameter", name, allowed)]
+    whose = "no chapter has" if chapter is None else f"chapter {chapter!r} does not have"
+    idle = [name for name in SPREAD if name in given and name not in allowed]
+    problems = [f"{whose} the parameter {n!r}: nothing in it is spread over jobs" for n in idle]
+    return problems + [p for n in given if n not in idle for p in _choice("parameter", n, allowed)]
 
 
 def _differing(given: dict, defaults: dict[str, str]) -> dict:

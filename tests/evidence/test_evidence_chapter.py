@@ -5,47 +5,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from lib.evidence import Chapter, EvidenceError
+from lib.evidence import EvidenceError
 from lib.evidence.rows import RowStore, read
 from lib.figures import Figure, read_provenance, style
 
-CLAIMS = """
-[[claim]]
-id = "toy/measured"
-says = "It is high."
-kind = "measurement"
-source = "someone2024"
-locator = "Table 2"
-paper_value = 0.99
-quantity = "accuracy"
-unit = "1"
-holds = ">= 0.9"
-control = "chance"
-control_holds = "<= 0.5"
-
-[[claim]]
-id = "toy/built"
-says = "It is built."
-kind = "construction"
-source = "ours"
-locator = "Proposition T"
-quantity = "wrong answers"
-unit = "inputs"
-holds = "== 0"
-control = "one weight perturbed"
-control_holds = "> 0"
-
-[[claim]]
-id = "other/claim"
-says = "It is another chapter's."
-kind = "theorem"
-source = "ours"
-locator = "here"
-quantity = "counterexamples"
-unit = "inputs"
-holds = "== 0"
-tests = ["tests/a.py::test_a"]
-"""
 calls = []
 
 
@@ -57,20 +20,9 @@ def run(settings, *, seed):
     return {"accuracy": 1 - settings["n"] / 100 + seed / 1000}
 
 
-@pytest.fixture
-def chapter(tmp_path):
-    """-> open(profile, **more): a chapter with its own folders."""
-    (tmp_path / "claims.toml").write_text(CLAIMS)
+@pytest.fixture(autouse=True)
+def no_calls():
     calls.clear()
-
-    def open_(profile="quick", name="toy", **more):
-        folders = {key: tmp_path / key for key in ("evidence", "build")}
-        device = more.pop("device", "cpu")
-        return Chapter(
-            name, profile=profile, device=device, claims=tmp_path / "claims.toml", **folders, **more
-        )
-
-    return open_
 
 
 def written(tmp_path):
@@ -84,6 +36,10 @@ def written(tmp_path):
         ({"profile": "quik"}, "did you mean 'quick'"),
         ({"device": "cpo"}, "did you mean 'cpu'"),
         ({"parameters": {"model": math.nan}}, r"parameters\['model'\] is nan"),
+        ({"backend": "dusk"}, "unknown backend 'dusk'; did you mean 'dask'"),
+        ({"jobs": 0}, "jobs is 0; it is 'auto' or a number of runs at a time, 1 or more"),
+        ({"jobs": "2"}, "jobs is '2'"),
+        ({"jobs": True}, "jobs is True"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused_before_anything_is_written(chapter, tmp_path, wrong, message):
@@ -143,7 +99,7 @@ def test_a_quick_page_shows_the_recorded_standard_runs_beside_its_own(chapter, t
 def test_an_unfinished_recording_says_how_much_is_there_and_is_not_the_best_source(chapter, tmp_path):
     chapter("standard").experiment("acc", run, [{"n": 1}, {"n": 2}])
     store = RowStore(tmp_path / "evidence/toy/acc.standard.jsonl", code="any")
-    store.declare([{"n": n} for n in (1, 2, 3)], [0, 1])
+    store.declare([{"n": n} for n in (1, 2, 3)], [0, 1], run="test_evidence_chapter.run")
     experiment = chapter("quick").experiment("acc", run, [{"n": 1}])
     assert "2 of 6 runs" in experiment.recorded.line()
     assert "4 runs were not executed yet." in experiment.recorded.line()
@@ -153,7 +109,7 @@ def test_an_unfinished_recording_says_how_much_is_there_and_is_not_the_best_sour
 def test_rows_of_older_code_are_shown_with_a_word_and_run_again_when_recording(chapter, tmp_path):
     path = tmp_path / "evidence/toy/acc.standard.jsonl"
     old = RowStore(path, code="0lder", provenance=chapter("standard").provenance)
-    old.declare([{"n": 1}], [0])
+    old.declare([{"n": 1}], [0], run="test_evidence_chapter.run")
     old.append(settings={"n": 1}, seed=0, result={"accuracy": 0.5}, wall_s=0, core_s=0)
     recorded = chapter("quick").experiment("acc", run, [{"n": 1}]).recorded
     assert (

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from lib.evidence.__main__ import main
-from lib.evidence.rows import RowStore
+from lib.evidence.rows import RowStore, withdraw
 from lib.figures import Figure, style
 
 CLAIM = """
@@ -51,6 +51,35 @@ def test_check_names_the_damaged_file_and_line_and_still_reads_the_others(root, 
     assert "PROBLEM data/evidence/toy/first.standard.jsonl, line 2: its content does not match" in said.err
     assert "git checkout" in said.err
     assert "first.standard.jsonl: 0 rows, 0 of them failed; an unfinished last line" in said.out
+    assert "second.standard.jsonl: 1 rows" in said.out
+
+
+def test_check_counts_the_planned_runs_that_are_missing_or_failed(root, capsys):
+    path = root / "data/evidence/toy/first.standard.jsonl"
+    store = RowStore(path, code="c")
+    store.declare([{"n": 1}, {"n": 2}, {"n": 3}], [0], run="lib.toy.run")
+    store.append(settings={"n": 2}, seed=0, result=None, wall_s=0, core_s=0, failed="ValueError")
+    assert main(["check"], root=root) == 0
+    said = capsys.readouterr().out
+    assert (
+        "first.standard.jsonl: 2 rows, 1 of them failed; 1 of 3 planned runs recorded, 1 failed, 1 missing"
+        in said
+    )
+    assert "second.standard.jsonl: 1 rows, 0 of them failed; no plan" in said
+    withdraw(path)
+    main(["check"], root=root)
+    assert "first.standard.jsonl: 2 rows, 1 of them failed; no plan" in capsys.readouterr().out
+
+
+def test_check_asks_for_a_newer_checkout_where_a_file_is_of_another_schema(root, capsys, monkeypatch):
+    path = root / "data/evidence/toy/first.standard.jsonl"
+    monkeypatch.setattr("lib.evidence.rows.SCHEMA", 2)
+    RowStore(root / "new.jsonl", code="c").declare([{"n": 1}], [0], run="lib.toy.run")
+    monkeypatch.undo()
+    path.write_bytes((root / "new.jsonl").read_bytes())
+    assert main(["check"], root=root) == 1
+    said = capsys.readouterr()
+    assert "first.standard.jsonl, line 1: it is of schema 2" in said.err and "git checkout" not in said.err
     assert "second.standard.jsonl: 1 rows" in said.out
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 
@@ -132,8 +133,9 @@ def test_provenance_is_written_when_it_changes_and_not_when_only_the_date_does(t
 def test_the_plan_is_written_once_and_again_only_when_it_changes(tmp_path):
     path = tmp_path / "x.quick.jsonl"
     for grid in ([{"n": 1}], [{"n": 1}], [{"n": 2}]):
-        RowStore(path, code="c").declare(grid, [0])
-    assert path.read_bytes().count(b"\n") == 2 and read(path).plan == {"grid": [{"n": 2}], "seeds": [0]}
+        RowStore(path, code="c").declare(grid, [0], run="lib.toy.run", replace=True)
+    plan = {"grid": [{"n": 2}], "seeds": [0], "run": "lib.toy.run"}
+    assert path.read_bytes().count(b"\n") == 2 and read(path).plan == plan
 
 
 def filled(path, count=4):
@@ -224,3 +226,68 @@ def test_an_absent_file_holds_nothing_and_a_misspelt_mode_is_refused(tmp_path):
     assert read(tmp_path / "absent.jsonl").rows == []
     with pytest.raises(ValueError, match="did you mean 'collect'"):
         read(tmp_path / "absent.jsonl", damaged="colect")
+
+
+def sealed(line):
+    """A line of the file, with its digest: the first 16 digits of the SHA-256 of its canonical JSON."""
+    text = json.dumps(line, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return json.dumps(line | {"digest": digest}, sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def test_plan_and_provenance_name_their_schema_and_lines_without_one_are_of_the_first(tmp_path):
+    path = tmp_path / "x.quick.jsonl"
+    store = RowStore(path, code="c0de", provenance={"machine": "one"})
+    store.declare([{"n": 5}], [0], run="lib.toy.run")
+    append(store, {"n": 5})
+    plan, made, row = [json.loads(line) for line in path.read_text().splitlines()]
+    assert plan["schema"] == made["schema"] == 1 and "schema" not in row
+    for line in (plan, made):
+        del line["schema"], line["digest"]
+    path.write_text(sealed(plan) + sealed(made) + path.read_text().splitlines()[2] + "\n")
+    assert len(read(path).rows) == 1 and read(path).plan["run"] == "lib.toy.run"
+
+
+@pytest.mark.parametrize("line", [{"plan": None}, {"id": "a", "provenance": {}}, {"something": "new"}])
+@pytest.mark.parametrize("mode", ["raise", "collect"])
+def test_a_line_of_another_schema_is_no_damage_and_asks_for_a_newer_checkout(tmp_path, line, mode):
+    path = tmp_path / "x.quick.jsonl"
+    filled(path, 1)
+    text = path.read_text() + sealed(line | {"schema": 2})
+    path.write_text(text)
+    with pytest.raises(EvidenceError) as error:
+        read(path, damaged=mode)
+    said = str(error.value)
+    assert "x.quick.jsonl, line 3: it is of schema 2, this checkout reads schema 1" in said
+    assert "update the checkout" in said and "delete" not in said and "git checkout" not in said
+    with pytest.raises(EvidenceError):
+        append(RowStore(path, code="c"), {"n": 1})
+    assert path.read_text() == text
+    path.write_text(text.replace('"schema":2', '"schema":3'))
+    assert [damage.line for damage in read(path, damaged="collect").damaged] == [3], "an edit is an edit"
+
+
+def test_a_worker_that_differs_from_the_driver_has_its_own_provenance(tmp_path):
+    path = tmp_path / "x.quick.jsonl"
+    store = RowStore(path, code="c", provenance={"machine": "driver", "torch": "2", "date": 1})
+    for seed, about in enumerate([None, {"machine": "driver"}, {"machine": "worker"}, {"machine": "worker"}]):
+        append(store, {}, seed, about=about)
+    found = read(path)
+    assert [found.provenance[row["provenance"]]["machine"] for row in found.rows] == [
+        "driver", "driver", "worker", "worker"
+    ]  # fmt: skip
+    assert list(found.provenance.values())[1] == {"machine": "worker", "torch": "2", "date": 1}
+    assert path.read_bytes().count(b"\n") == 6
+
+
+def test_a_run_is_expected_to_take_what_it_took_last_whatever_the_code(tmp_path):
+    path = tmp_path / "x.quick.jsonl"
+    for code, core_s, failed in [("old", 3, None), ("older", 5, None), ("new", 7, "ValueError")]:
+        RowStore(path, code=code).append(
+            settings={"n": 1}, seed=0, result={}, wall_s=9, core_s=core_s, failed=failed
+        )
+    store = RowStore(path, code="new")
+    assert store.expected({"n": 1}, 0) == 5.0
+    assert store.expected({"n": 1}, 1) is None
+    append(store, {"n": 1}, 1)
+    assert store.expected({"n": 1}, 1) == 1.0

@@ -31,7 +31,7 @@ def book(tmp_path):
 
 def settle(book, slugs=("high", "higher"), profile="quick", value=0.95, interval=(0.93, 0.97)):
     one = Chapter(
-        "one", profile=profile, device="cpu", claims=book["claims"], build=book["folder"],
+        "one", profile=profile, device="cpu", jobs=1, claims=book["claims"], build=book["folder"],
         evidence=book["folder"].parent / "evidence",
     )  # fmt: skip
     for slug in slugs:
@@ -84,16 +84,19 @@ def run(settings, *, seed):
     return {"accuracy": 0.95}
 
 
-@pytest.mark.parametrize(("profile", "sizes", "said"), [
-    ("quick", [1, 2], "1 of 3 claims rest on a quick run only"),
-    ("standard", [1, 3], "1 of 3 claims rest on incomplete recorded evidence"),
-    ("standard", [1, 2], None),
-])
+@pytest.mark.parametrize(
+    ("profile", "sizes", "said"),
+    [
+        ("quick", [1, 2], "1 of 3 claims rest on a quick run only"),
+        ("standard", [1, 3], "1 of 3 claims rest on incomplete recorded evidence"),
+        ("standard", [1, 2], None),
+    ],
+)
 def test_a_claim_on_fewer_runs_than_planned_is_told_with_the_command_that_makes_the_rest(
     book, profile, sizes, said
 ):
     one = Chapter(
-        "one", profile=profile, device="cpu", claims=book["claims"], build=book["folder"],
+        "one", profile=profile, device="cpu", jobs=1, claims=book["claims"], build=book["folder"],
         evidence=book["folder"].parent / "evidence",
     )  # fmt: skip
     runs = one.experiment("toy", run, [{"n": n} for n in sizes], seeds=[0, 1, 2])

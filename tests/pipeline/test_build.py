@@ -67,6 +67,20 @@ def test_a_failing_cell_is_named_the_others_run_and_the_old_site_stays(toy, no_s
     assert runs(toy) == ["two"]
 
 
+def test_a_message_is_told_to_its_last_line_where_the_next_step_stands(toy, no_sphinx, capsys):
+    lines = [f"line {i}" for i in range(30)]
+    toy.chapter("one", [f"raise OSError(28, {chr(10).join(lines)!r}, 'rows.jsonl')"])
+    assert toy.run("chapter", "one") == 1
+    out = capsys.readouterr().out
+    assert all(f"{line}\n" in out for line in lines[:-1]) and "line 29: 'rows.jsonl'" in out
+
+
+def test_a_message_without_end_is_cut_and_says_so(toy, no_sphinx, capsys):
+    toy.chapter("one", ["raise ValueError('\\n'.join(map(str, range(1000))))"])
+    assert toy.run("chapter", "one") == 1
+    assert f"    (and {1000 - execute.LINES} more lines)" in capsys.readouterr().out
+
+
 def test_a_kernel_that_dies_is_a_failure_with_its_cell(toy, no_sphinx, capsys):
     toy.chapter("one", ["import os\nos._exit(3)"])
     assert toy.run("chapter", "one") == 1
@@ -162,7 +176,8 @@ def test_a_second_build_in_the_same_checkout_is_refused(toy, no_sphinx, capsys):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     assert toy.run("book") == 2
-    assert "another build is running" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a build in this checkout is under way already" in said and f"process {first.pid}, since" in said
     wait.unlink()
     assert first.wait(60) == 0
     first.stdout.close()

@@ -57,8 +57,18 @@ def test_parameters_are_part_of_the_key(toy):
     assert cache.changed(prints(toy), prints(toy, parameters={"n": 4})) == ["parameters"]
 
 
+def test_where_runs_happen_is_not_part_of_the_key(toy):
+    assert prints(toy, parameters={"n": 4, "jobs": 8, "backend": "dask"}) == prints(toy, parameters={"n": 4})
+
+
 @pytest.mark.parametrize(
-    "name", ["lib/__pycache__/number.pyc", "data/evidence/two/a.jsonl", "data/other.txt"]
+    "name",
+    [
+        "lib/__pycache__/number.pyc",
+        "data/evidence/two/a.jsonl",
+        "data/other.txt",
+        "data/evidence/one/.a.standard.jsonl.lock",
+    ],
 )
 def test_what_a_chapter_does_not_read_is_not_part_of_its_key(toy, name):
     before = prints(toy)

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,21 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+def environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
 def make(checkout, *arguments):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=checkout, capture_output=True, text=True, env=clean)
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, capture_output=True, text=True, env=environment()
+    )
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.02)
 
 
 def script(path: Path, text: str) -> Path:
@@ -33,7 +47,7 @@ def script(path: Path, text: str) -> Path:
 
 def test_make_alone_lists_every_target_and_creates_nothing(checkout):
     done = make(checkout)
-    listed = {line.split()[0] for line in done.stdout.splitlines()[2:]}
+    listed = {line.split()[0] for line in done.stdout.partition("\n\n")[2].splitlines()}
     assert listed == {
         "help",
         "book",
@@ -78,13 +92,16 @@ def ready(checkout):
     return checkout
 
 
+NOWHERE = "--jobs||--backend||--scheduler||"  # what a reader did not ask for arrives empty
+
+
 def calls(checkout):
     return [line for line in (checkout / "calls").read_text().splitlines() if line != "-c||"]
 
 
 def test_a_target_that_is_set_up_installs_nothing(ready):
     assert make(ready, "book").returncode == 0
-    assert calls(ready) == ["-m|lib.pipeline|book|--profile|quick|--params||"]
+    assert calls(ready) == [f"-m|lib.pipeline|book|--profile|quick|--params||{NOWHERE}"]
 
 
 def test_touching_the_requirements_installs_nothing_and_changing_them_does(ready):
@@ -100,7 +117,15 @@ def test_touching_the_requirements_installs_nothing_and_changing_them_does(ready
 
 def test_what_a_reader_types_arrives_as_typed(ready):
     make(ready, "chapter", "CHAPTER=one", "PROFILE=gpu", "PARAMS=model='a b' n=$$HOME;x")
-    assert calls(ready) == ["-m|lib.pipeline|chapter|one|--profile|gpu|--params|model='a b' n=$HOME;x|"]
+    (call,) = calls(ready)
+    assert call == f"-m|lib.pipeline|chapter|one|--profile|gpu|--params|model='a b' n=$HOME;x|{NOWHERE}"
+
+
+def test_where_runs_happen_arrives_too(ready):
+    make(ready, "evidence", "CHAPTER=one", "BACKEND=dask", "SCHEDULER=tcp://a:1", "JOBS=4")
+    assert calls(ready) == [
+        "-m|lib.pipeline|evidence|one|--params||--jobs|4|--backend|dask|--scheduler|tcp://a:1|"
+    ]
 
 
 def test_clean_keeps_the_environment_and_the_evidence(ready):
@@ -113,5 +138,31 @@ def test_clean_keeps_the_environment_and_the_evidence(ready):
 
 def test_tests_cover_library_doctests_chapters_and_their_own_folder(ready):
     make(ready, "test")
-    (call,) = calls(ready)
+    *_, call = calls(ready)
     assert "--nbmake|" in call and "--doctest-modules|" in call and call.endswith("|tests|lib|book|")
+
+
+def test_tests_install_dask_where_it_is_missing_and_pin_it_in_one_place(checkout):
+    log = f'printf "%s|" "$@" >> {checkout}/calls; echo >> {checkout}/calls'
+    missing = '[ "$2" = "import distributed" ] && exit 1\nexit 0'
+    script(checkout / ".venv/bin/python", f"{log}\n{missing}")
+    assert make(checkout, "install").returncode == 0
+    (checkout / "calls").unlink()
+    assert make(checkout, "test").returncode == 0
+    (install,) = [call for call in calls(checkout) if "pip|install" in call]
+    assert install.endswith("|-c|requirements-cluster.txt|distributed|")
+
+
+def test_sigterm_reaches_what_make_started(ready):
+    """Without `exec` in the recipe the shell between them dies, and its child goes on alone."""
+    stop = ready / "stopped"
+    script(
+        ready / ".venv/bin/python",
+        f"[ \"$1\" = -m ] || exit 0\ntrap 'touch {stop}; exit 143' TERM\ntouch {ready}/started\n"
+        "while true; do sleep 0.05; done",
+    )
+    process = subprocess.Popen(["make", "book"], cwd=ready, env=environment(), stderr=subprocess.DEVNULL)
+    wait_for(ready / "started")
+    process.send_signal(signal.SIGTERM)
+    wait_for(stop)
+    assert process.wait(10) != 0

@@ -1,7 +1,10 @@
 import io
+import json
+
+import pytest
 
 from lib.pipeline import progress
-from lib.pipeline.progress import Clock
+from lib.pipeline.progress import Clock, Runs
 
 
 class Terminal(io.StringIO):
@@ -28,6 +31,37 @@ def test_a_terminal_sees_one_line_redrawn():
         clock.done("executed")
     assert terminal.getvalue().count("\n") == 1
     assert terminal.getvalue().count("\r\033[K") == 2
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_running_experiment_is_told_and_the_last_line_of_an_ended_one_stays(
+    monkeypatch, tmp_path, stream
+):
+    monkeypatch.setattr(progress, "BEAT_S", 0.01)
+    monkeypatch.setattr(progress, "LOOK_S", 0.01)
+    told, log = tmp_path / "one.json", stream()
+
+    def say(experiment, line, finished):
+        told.write_text(json.dumps({"experiment": experiment, "line": line, "finished": finished}))
+
+    with Clock("one", "cell 3 of 9", look=Runs(told).look, stream=log):
+        say("composition", "12 of 60 runs, about 4 min left", [])
+        while "cell 3 of 9 · composition: 12 of 60 runs, about 4 min left" not in log.getvalue():
+            pass
+        say("precision", "1 of 2 runs", ["composition: 60 done"])
+        while "cell 3 of 9 · precision: 1 of 2 runs" not in log.getvalue():
+            pass
+        say("precision", "2 of 2 runs", ["composition: 60 done", "precision: 2 done"])
+    lines = log.getvalue().replace("\r\033[K", "\n").splitlines()
+    assert [line for line in lines if "done" in line][:2] == ["  composition: 60 done", "  precision: 2 done"]
+    assert log.getvalue().count("composition: 60 done") == log.getvalue().count("precision: 2 done") == 1
+
+
+def test_without_an_experiment_there_is_nothing_to_tell(tmp_path):
+    told = tmp_path / "one.json"
+    assert Runs(told).look() == ("", [])
+    told.write_text('{"half')
+    assert Runs(told).look() == ("", [])
 
 
 def test_an_exception_ends_the_line_too():

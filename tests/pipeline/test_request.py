@@ -1,16 +1,36 @@
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
+from lib.pipeline import build, request
 from lib.pipeline.request import RequestError, parse, plan
 
 
-def problems(toy, *, chapter=None, profile="quick", params=""):
+def problems(toy, *, chapter=None, profile="quick", params="", **spread):
     with pytest.raises(RequestError) as error:
-        plan(toy.layout, chapter=chapter, profile=profile, params=params)
+        plan(toy.layout, chapter=chapter, profile=profile, params=params, **spread)
     return error.value.problems
+
+
+@pytest.fixture
+def spread(toy):
+    """Chapter "one" may spread its runs, the others may not."""
+    toy.chapter("one", ["1"], parameters='jobs = "auto"\nbackend = "local"')
+    return toy
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """All packages for clusters, or the lack of them: installed(*names)."""
+
+    def say(*names):
+        monkeypatch.setattr(request.importlib.util, "find_spec", lambda name: name in names or None)
+
+    say("joblib", "distributed", "ray")
+    return say
 
 
 @pytest.mark.parametrize(
@@ -70,6 +90,57 @@ def test_with_all_chapters_a_parameter_goes_to_those_that_have_it(toy):
     }
     assert jobs == {"one": {}, "two": {"width": 5}, "summary": {}}
     assert "'wide'" in problems(toy, params="wide=5")[0]
+
+
+def test_jobs_and_backend_go_to_the_chapters_that_have_them(spread, installed):
+    asked = dict(chapter=None, profile="quick", params="", backend="dask", scheduler="tcp://a:1", jobs="4")
+    jobs = {job.chapter.name: job.parameters for job in plan(spread.layout, **asked)}
+    assert jobs == {"one": {"jobs": 4, "backend": "dask"}, "two": {}, "summary": {}}
+
+
+def test_jobs_may_stand_among_the_parameters_and_what_the_chapter_says_is_not_injected(spread, installed):
+    (job,) = plan(spread.layout, chapter="one", profile="quick", params="jobs=4", backend="local")
+    assert job.parameters == {"jobs": 4}
+    (job,) = plan(spread.layout, chapter="one", profile="quick", params="", jobs="auto", scheduler=" ")
+    assert job.parameters == {}
+
+
+def test_a_chapter_that_spreads_nothing_takes_neither_jobs_nor_backend(spread, installed):
+    found = problems(spread, chapter="two", jobs="2", backend="ray")
+    assert len(found) == 2 and all("chapter 'two' does not have the parameter" in line for line in found)
+    spread.chapter("one", ["1"])
+    assert "no chapter has the parameter 'jobs'" in problems(spread, jobs="2")[0]
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "2.5", "many", "true"])
+def test_jobs_is_a_number_of_runs_or_auto(spread, jobs):
+    (found,) = problems(spread, jobs=jobs)
+    assert "a whole number from 1, or auto" in found
+
+
+def test_every_mistake_about_a_cluster_is_told_at_once(spread, installed):
+    found = problems(spread, params="jobs=2", jobs="0", backend="daks", scheduler="localhost")
+    assert "did you mean 'dask'?" in "\n".join(found)
+    for part in ("'jobs' is given twice", "add BACKEND=dask", "tcp://", "from 1, or auto"):
+        assert sum(part in line for line in found) >= 1, part
+
+
+@pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_backend_that_is_not_installed_is_named_with_the_line_that_installs_it(
+    spread, installed, backend, package
+):
+    installed("joblib")
+    (found,) = problems(spread, backend=backend)
+    assert f"backend {backend!r}" in found and "pip install -r requirements-cluster.txt" in found
+    installed("joblib", package)
+    assert plan(spread.layout, chapter="one", profile="quick", params="", backend=backend)
+
+
+def test_a_scheduler_reaches_the_kernel_in_the_variable_that_dask_reads(spread, installed, monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://of-before:1")
+    monkeypatch.setattr(build, "book", lambda *args: print(os.environ["DASK_SCHEDULER_ADDRESS"]) or 0)
+    assert spread.run("book", "--backend", "dask", "--scheduler", "tcp://there:8786") == 0
+    assert os.environ["DASK_SCHEDULER_ADDRESS"] == "tcp://there:8786"
 
 
 def test_only_what_differs_from_the_chapter_is_injected(toy):

@@ -47,15 +47,29 @@ def test_times_of_the_run_do_not_reach_the_page():
     assert "papermill" not in nbformat.writes(stage.merge(source(), executed()))
 
 
+def test_what_a_display_of_progress_left_empty_is_dropped_and_nothing_else():
+    emptied = new_output("display_data", data={"text/plain": "", "text/html": " "})
+    shown = [
+        new_output("stream", name="stdout", text="a"),
+        new_output("display_data", data={"text/plain": "<Figure>", "image/png": "x"}),
+        new_output("display_data", data={"application/json": {}}),
+        new_output("error", ename="E", evalue="", traceback=[]),
+    ]
+    run = executed()
+    run.cells[-1].outputs[:0] = [emptied, *shown]
+    page = stage.merge(source(), run)
+    assert page.cells[-1].outputs[:-1] == shown and page.cells[-1].outputs[-1].data["text/plain"] == "5"
+
+
 def test_results_of_other_code_are_refused():
     with pytest.raises(ValueError, match="other code cells"):
         stage.merge(source(), executed(code="n + 2"))
 
 
-def test_the_stage_holds_pages_figures_and_the_glance_but_no_source_notebook(toy):
+def test_the_stage_holds_pages_figures_and_generated_parts_but_no_source_notebook(toy):
     toy.write("build/figures/one/a.svg", "<svg/>")
     toy.write("build/executed/book/old.md", "left by an earlier build")
-    stage.write(toy.layout, {"one": source()}, "Three claims.")
+    stage.write(toy.layout, {"one": source()}, {"at-a-glance.md": "Three claims."})
     book = toy.root / "build/executed/book"
     names = {path.relative_to(book).as_posix() for path in book.rglob("*") if path.is_file()}
     assert names == {"intro.md", "bibliography.md", "references.bib", "claims.toml", "at-a-glance.md",

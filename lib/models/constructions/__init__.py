@@ -7,6 +7,8 @@ The idea of Proposition T: head 1 looks up g(x). Head 2 is uniform and looks up 
 table of h, packed as digits in base 2n, s digits to a coordinate. The MLP picks the coordinate that holds
 h(g(x)) and peels off its digits one a layer. A wider value (small s) or a deeper MLP (large s): the product
 H (d + 1) (hidden layers + 1) stays about 2n.
+
+The deep constructions for sequential composition are in `sequential`, and are run by `reading`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
+from lib.models.constructions.reading import decode, margin, sequential_composition
+from lib.models.constructions.sequential import (
+    layout,
+    least_sharpness,
+    sequential_composition_decoder,
+    sequential_composition_encoder,
+    sequential_composition_scratchpad,
+)
 from lib.models.named_weights import Form, Head, Layer, Number, coordinates
 from lib.models.one_layer import OneLayerSoftmax
+
+__all__ = [
+    "decode", "layout", "least_sharpness", "margin", "proposition_t", "proposition_t_many_heads",
+    "proposition_t_many_heads_binary", "sequential_composition", "sequential_composition_decoder",
+    "sequential_composition_encoder", "sequential_composition_scratchpad", "sum2_counter",
+]
 
 HALF = Fraction(1, 2)
 
