@@ -82,9 +82,9 @@ def exponents(table: pd.DataFrame) -> Figure:
     ax.legend(loc="upper left")
     last = table.iloc[-1]
     caption = (
-        f"How weak the lower bound is: at {last['L']:.0f} layers the width must exceed the prompt's length "
-        f"to the power one over {last['ours']:,.0f} (proved here) or one over {last['paper']:,.0f} (the "
-        "exponent reported for the paper). Constants not shown."
+        f"How weak the lower bound is: at {last['L']:.0f} layers $Hdp$ must exceed a constant times the "
+        f"prompt's length to the power one over {last['ours']:,.0f} (proved here) or one over "
+        f"{last['paper']:,.0f} (the exponent reported for the paper). The constants are not shown."
     )
     alt = (
         "Two rising lines on a logarithmic axis against the number of layers: ours ends at "
@@ -136,9 +136,11 @@ def sharpness(rows: pd.DataFrame) -> Figure:
     wrong = rows[rows["errors"] > 0].groupby("arithmetic", sort=False)["sharpness"].max()
     said = ", ".join(f"{name} up to {c:.2g} c*" for name, c in wrong.items()) or "none"
     above = int(rows.loc[rows["sharpness"] >= 1, "errors"].sum())
+    softest = rows.loc[rows["sharpness"] > max(wrong, default=0), "sharpness"].min()
     caption = (
-        f"From the proved sharpness on, {above} answers are wrong, and attention may be much softer than the "
-        f"proof asks. Errors were seen in {said}; all {rows['inputs_checked'].max():,} inputs at each point."
+        f"From the proved sharpness on, {above} answers are wrong; the softest attention tried that makes no "
+        f"error, nor any sharper one, is {softest:.2g} c*. Errors were seen in {said}; all "
+        f"{rows['inputs_checked'].max():,} inputs at each point."
     )
     alt = f"Share of wrong answers against sharpness for each number format; errors in {said}."
     return Figure(fig, caption, alt)
@@ -212,8 +214,7 @@ def error_bars(shares: Mapping[str, tuple[int, int]]) -> Figure:
     ax.set_yticks([-i for i in range(len(shares))], list(shares))
     said = "; ".join(f"{label}: {errors:,} of {inputs:,}" for label, (errors, inputs) in shares.items())
     caption = (
-        "The same doubling weights, every input of one small world. A causal mask does no harm if $w$ comes "
-        f"first. Wrong answers, {said}."
+        f"The same doubling weights under five readings and more. Wrong answers, {said}."
     )
     return Figure(fig, caption, f"Horizontal bars of wrong answers. {said}.")
 
@@ -235,7 +236,7 @@ def bills(table: pd.DataFrame) -> Figure:
     least, dearest = (last.loc[last["MFLOPs"].agg(f)] for f in ("idxmin", "idxmax"))
     short, long = (last.loc[last["in a row"].agg(f)] for f in ("idxmin", "idxmax"))
     caption = (
-        "Three ways out, two currencies. Along each line $L$ = "
+        "Ways out, priced in two currencies. Along each line $L$ = "
         f"{', '.join(map(str, sorted(set(table['L']))))}. At the last, least arithmetic: {least['way']} "
         f"({least['MFLOPs']:.1f} MFLOPs), most: {dearest['way']} ({dearest['MFLOPs']:.1f}); shortest row: "
         f"{short['way']} ({short['in a row']} layers), longest: {long['way']} ({long['in a row']})."
