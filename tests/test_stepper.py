@@ -408,6 +408,20 @@ def test_the_arcs_are_drawn_where_the_prompt_fits_one_line(visit):
 @pytest.mark.slow
 @pytest.mark.browser
 @needs_chromium
+def test_the_arcs_end_above_their_tokens_also_when_only_the_tokens_move(visit):
+    page = visit(width=1000)
+    page.add_style_tag(content=".pp-group:first-of-type { flex-grow: 1 !important; }")
+    page.wait_for_function("""() => {
+        const middle = (one) => { const r = one.getBoundingClientRect(); return r.left + r.width / 2; };
+        const spots = [...document.querySelectorAll(".pp-arcs circle")];
+        return [...document.querySelectorAll(".pp-token")].every((token, i) =>
+            Math.abs(middle(token) - middle(spots[i])) < 1);
+    }""", timeout=5000)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@needs_chromium
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("sharpness", ["2", "0.2"])
 def test_every_text_stands_out_from_what_is_behind_it(visit, mode, sharpness):

@@ -202,7 +202,10 @@
     }
 
     update();
-    if (root.ResizeObserver) new root.ResizeObserver(() => prompt.arcs()).observe(prompt.box);
+    if (root.ResizeObserver) {
+      const watch = new root.ResizeObserver(() => prompt.arcs());   // cells move within a box that does not
+      prompt.parts.forEach((part) => watch.observe(part));
+    }
     return host;
   }
 
@@ -292,7 +295,7 @@
       return null;
     }
 
-    return { box, show: update, arcs };
+    return { parts: [box, ...cells.map(({ cell }) => cell)], box, show: update, arcs };
   }
 
   /** The values of a token that the reader may change. */
