@@ -170,6 +170,32 @@ def found_by_training(cells: Mapping[str, pd.DataFrame], *, ylabel: str = "accur
 
 
 @style()
+def learning_curves(cells: Mapping[str, pd.DataFrame]) -> Figure:
+    """Accuracy against steps, one thin line a run, one colour a cell. cells: label -> rows with `curve`.
+
+    curve: [[steps, accuracy], ...]; a run that reached its target early ends there.
+    """
+    fig, ax = plt.subplots(figsize=(5.6, 4.0))
+    said = []
+    for i, (label, rows) in enumerate(cells.items()):
+        for k, curve in enumerate(rows["curve"]):
+            steps, accuracy = zip(*curve, strict=True)
+            look = {"color": COLOURS[i], "linestyle": LINES[i], "linewidth": 1.2, "alpha": 0.8}
+            ax.plot(steps, accuracy, marker="", label=label if k == 0 else None, **look)
+        ends = [curve[-1][1] for curve in rows["curve"]]
+        high = sum(end >= 0.8 for end in ends)
+        said.append(f"{label}: {high} of {len(ends)} runs end at 0.8 or above")
+    ax.axhline(rows["chance"].mean(), color="black", linestyle=":", linewidth=1.2)
+    ax.set(xscale="log", xlabel="training steps", ylabel="accuracy", ylim=(-0.03, 1.05))
+    fig.legend(loc="outside upper center", ncols=2)
+    caption = (
+        f"Depth by steps. {'; '.join(said)}. One line a run; a run stops at its target. Dotted: chance. No "
+        "theorem's line can be drawn here: it speaks of prompts far beyond these."
+    )
+    return Figure(fig, caption, f"Learning curves on a logarithmic axis of steps. {'; '.join(said)}.")
+
+
+@style()
 def accuracy_against_width(lines: Mapping[str, pd.DataFrame], guess: float) -> Figure:
     """Accuracy against the width of the model. lines: label -> rows with d_model, accuracy; guess: a "
     "level."""

@@ -25,16 +25,27 @@ import numpy as np
 SEARCHED = 32  # beta up to which integers are searched; beyond, `two_layer_estimate`
 
 
-class TwoLayerCertificate(NamedTuple):
-    """Sizes at which two layers with messages of beta bits fail, and the integers that prove it."""
-
+class _Sizes(NamedTuple):
     m: int
     n_1: int
     tokens: int  # 2 + m + m n_1
-    s: int
-    x_0: int
-    x_1: int
-    beta: int
+
+
+class TwoLayerCertificate(_Sizes):
+    """Sizes (m, n_1, tokens) at which two layers with messages of beta bits fail.
+
+    The integers s, x_0, x_1 that prove it, and beta, are attributes.
+    """
+
+    def __new__(cls, m: int, n_1: int, s: int, x_0: int, x_1: int, beta: int) -> TwoLayerCertificate:
+        found = super().__new__(cls, m, n_1, 2 + m + m * n_1)
+        found.s, found.x_0, found.x_1, found.beta = s, x_0, x_1, beta
+        return found
+
+    @property
+    def integers(self) -> dict[str, int]:
+        """Everything by name; all but `tokens` are the arguments of `check_two_layer`."""
+        return self._asdict() | {name: getattr(self, name) for name in ("s", "x_0", "x_1", "beta")}
 
     @property
     def frozen_bits(self) -> int:
@@ -67,7 +78,7 @@ def check_two_layer(beta: int, m: int, n_1: int, s: int, x_0: int, x_1: int) -> 
 def two_layer_certificate(beta: int) -> TwoLayerCertificate:
     """The shortest prompt found at which 2 layers with messages of `beta` bits provably fail.
 
-    -> (m, n_1, tokens, s, x_0, x_1, beta); `m, n_1, tokens, *_ = two_layer_certificate(2)`.
+    -> (m, n_1, tokens), with s, x_0, x_1 and beta as attributes: `m, n_1, tokens = two_layer_certificate(2)`.
 
     Search: for each n_1 the least m at which some x_1, x_0 and the largest s with (i) leave room in (ii), by
     bisection and in floats; `check_two_layer` then decides. At m - 1 the search finds nothing. Only m >= 2,
@@ -75,7 +86,7 @@ def two_layer_certificate(beta: int) -> TwoLayerCertificate:
     24 tokens at 2 bits). An upper bound on the least certified prompt, not a minimum.
     ValueError for beta beyond SEARCHED.
 
-    >>> two_layer_certificate(2)[:3]
+    >>> tuple(two_layer_certificate(2))
     (18, 4, 92)
     """
     if isinstance(beta, bool) or not isinstance(beta, int) or not 1 <= beta <= SEARCHED:
@@ -86,7 +97,7 @@ def two_layer_certificate(beta: int) -> TwoLayerCertificate:
         found = _least_m(beta, n_1, longest)
         if found is not None:
             best = found
-    if best is None or not check_two_layer(beta, *best[:2], *best[3:6]):
+    if best is None or not check_two_layer(beta, best.m, best.n_1, best.s, best.x_0, best.x_1):
         raise ArithmeticError(f"the floats of the search were wrong at beta={beta}: {best} proves nothing")
     return best
 
@@ -114,7 +125,7 @@ def two_layer_estimate(beta: int) -> TwoLayerCertificate:
     i, j, k = np.unravel_index(tokens.argmin(), tokens.shape)
     sizes = m[i, j, k], n_1[i, 0, 0], x_0[i, j, k], x_1[j, 0]
     m, n_1, x_0, x_1 = (int(size) for size in sizes)
-    return TwoLayerCertificate(m, n_1, 2 + m + m * n_1, x_0 * x_1 // 2, x_0, x_1, beta)
+    return TwoLayerCertificate(m, n_1, x_0 * x_1 // 2, x_0, x_1, beta)
 
 
 def _promising(beta: int) -> list[int]:
@@ -152,7 +163,7 @@ def _at(beta: int, m: int, n_1: int) -> TwoLayerCertificate | None:
         slack, s, x_0 = _slack(beta, m, n_1, x_1)
         i = slack.argmax()
         if slack[i] > 1e-9 * beta * x_1 * m:
-            return TwoLayerCertificate(m, n_1, 2 + m + m * n_1, int(s[i]), int(x_0[i]), x_1, beta)
+            return TwoLayerCertificate(m, n_1, int(s[i]), int(x_0[i]), x_1, beta)
         falling = falling + 1 if slack[i] < before else 0
         before = slack[i]
         if falling == 3:                                                # more tables only cost more

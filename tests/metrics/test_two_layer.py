@@ -50,7 +50,7 @@ def test_the_first_condition_is_as_far_from_equality_as_the_facts_say():
 @pytest.mark.parametrize("beta", [1, 2, 3, 4, 8, 16, 21])
 def test_the_search_finds_shorter_prompts_than_the_facts_and_stops_at_the_least_m(beta):
     found = two_layer_certificate(beta)
-    m, n_1, tokens, *_ = found
+    m, n_1, tokens = found
     assert tokens == 2 + m + m * n_1 and found.beta == beta and found.x_0 <= m and 1 <= found.s < m
     if beta <= 8:
         assert conditions(beta, m, n_1, found.s, found.x_0, found.x_1)
@@ -64,7 +64,7 @@ def test_the_search_finds_shorter_prompts_than_the_facts_and_stops_at_the_least_
 @pytest.mark.parametrize("beta", [1, 2, 3])
 def test_no_integers_at_all_prove_a_smaller_m(beta):
     """Every x_0, x_1 and s >= 1 at (m - 1, n_1), decided exactly: the search missed nothing there."""
-    m, n_1, *_ = two_layer_certificate(beta)
+    m, n_1, _ = two_layer_certificate(beta)
     m, tried = m - 1, 0
     for x_1 in range(1, int(n_1 * math.log2(m * n_1) / beta) + 1):
         for x_0 in range(1, m + 1):
@@ -91,7 +91,8 @@ def test_integers_outside_the_theorem_prove_nothing():
 
 
 def test_more_bits_break_a_certificate():
-    m, n_1, _, s, x_0, x_1, beta = two_layer_certificate(8)
+    found = two_layer_certificate(8)
+    (m, n_1, _), (s, x_0, x_1, beta) = found, (found.s, found.x_0, found.x_1, found.beta)
     assert check_two_layer(beta, m, n_1, s, x_0, x_1)
     assert not check_two_layer(beta + 1, m, n_1, s, x_0, x_1)
 
@@ -107,7 +108,7 @@ def test_one_reachable_place_is_cheap_and_composes_nothing():
 def test_the_estimate_for_large_budgets_is_that_of_the_facts(beta, log2):
     found = two_layer_estimate(beta)
     assert log2 - 0.3 < math.log2(found.tokens) < log2 + 0.05
-    m, n_1, _, _, x_0, x_1, _ = found
+    (m, n_1, _), x_0, x_1 = found, found.x_0, found.x_1
     assert x_0 / 2 * math.log2(2 * m / (math.e * x_0 * x_1)) >= (2 * beta * n_1 + 1 / x_1) * (1 - 1e-9)
     left = 2 * x_1 * beta * n_1 + 1 + beta * (x_1 * m + n_1 * x_0 + x_0)
     assert left < n_1 * x_0 * x_1 / 2 * math.log2(m * n_1)
