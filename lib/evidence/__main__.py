@@ -1,4 +1,4 @@
-"""`python -m lib.evidence check | figure FILE | ledger | replan FILE`."""
+"""`python -m lib.evidence check | figure FILE | ledger | mend FILE | replan FILE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from lib.evidence import forecast, ledger, rows
+from lib.evidence import forecast, ledger, mend, rows
 from lib.evidence.claims import load_claims
 from lib.evidence.files import EvidenceError, named
 from lib.paths import BOOK, BUILD, EVIDENCE, ROOT
@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
         "replan", help="withdraw the plan of a file of rows, to record other settings; its rows stay"
     )
     replan_.add_argument("file", type=Path)
+    mend_ = commands.add_parser(
+        "mend", help="move the damaged lines of a file of rows to FILE.damaged; all others stay"
+    )
+    mend_.add_argument("file", type=Path)
     asked = parser.parse_args(argv)
     if asked.command == "check":
         return check(root)
@@ -36,6 +40,8 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
         return figure(asked.file)
     if asked.command == "replan":
         return replan(asked.file, root)
+    if asked.command == "mend":
+        return show_mended(asked.file, root)
     return show_ledger()
 
 
@@ -129,6 +135,24 @@ def replan(file: Path, root: Path = ROOT) -> int:
         f"{named(file.resolve(), root)}: the plan is withdrawn, its {stay} rows stay. "
         "The next run of the chapter writes a new plan."
     )
+    return 0
+
+
+def show_mended(file: Path, root: Path = ROOT) -> int:
+    """Move the damaged lines of a file of rows aside. 0, or 1 if that cannot be done."""
+    try:
+        if not file.is_file():
+            raise EvidenceError(f"there is no file {file}")
+        done = mend.mend(file)
+    except (EvidenceError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    name = named(file.resolve(), root)
+    for damage in done.damaged:
+        print(f"{name}, line {damage.line}: {damage.why}; moved to {named(done.aside, root)}")
+    print(f"{name}: {len(done.damaged)} damaged lines moved, {done.kept} sound lines stay as they were.")
+    if done.homeless:
+        print(f"{done.homeless} rows stay, but what says which machine made them was damaged.")
     return 0
 
 

@@ -24,7 +24,7 @@ from lib.choices import PROFILES, check_choice, resolve_device
 from lib.evidence import experiment as experiments
 from lib.evidence import provenance, rows
 from lib.evidence.claims import Claim, load_claims
-from lib.evidence.code import code_digest
+from lib.evidence.code import loaded_digest
 from lib.evidence.experiment import Experiment, Source
 from lib.evidence.files import EvidenceError, write_atomically
 from lib.evidence.progress import Progress, Watch, in_notebook
@@ -141,7 +141,8 @@ class Chapter:
         model files that it reads, recorded by digest. time_limit: seconds for one attempt at a run. per_gpu:
         runs that share a GPU. Rows of `quick` stay in build/, those of other profiles are evidence. Raises
         EvidenceError if a file of rows was damaged, is of another schema, was planned with other settings, or
-        is being recorded into by another process; ValueError on an empty or repeated grid.
+        is being recorded into by another process, or if the code was edited after this process loaded it;
+        ValueError on an empty or repeated grid.
         """
         self._take(f"experiment {name}", name)
         grid = [rows.plain(dict(settings), "settings") for settings in grid]
@@ -152,18 +153,20 @@ class Chapter:
                 f"experiment {name!r}: a grid is neither empty nor lists a run twice ({len(runs)} runs)"
             )
         digests = {key: provenance.file_digest(path) for key, path in (inputs or {}).items()}
-        code, path = code_digest(run), self._rows(name, self.profile)
+        code, path = loaded_digest(run), self._rows(name, self.profile)
         store = rows.RowStore(
             path,
             code=code,
             provenance=self.provenance | {"experiment": name, "seeds": seeds, "inputs": digests},
         )
         function = f"{run.__module__}.{run.__qualname__}"
-        store.declare(grid, seeds, run=function, replace=self.profile == "quick")
         scratch = self._build / "scratch" / self.name / f"{name}.{self.profile}"
-        self._sweep(
-            name, run, grid, seeds=seeds, store=store, scratch=scratch, time_limit=time_limit, per_gpu=per_gpu
-        )
+        with store.held():  # from the plan on: a second driver must not write its own under the first
+            store.declare(grid, seeds, run=function, replace=self.profile == "quick")
+            self._sweep(
+                name, run, grid,
+                seeds=seeds, store=store, scratch=scratch, time_limit=time_limit, per_gpu=per_gpu,
+            )  # fmt: skip
         found = rows.read(path)
         sources = [
             experiments.source(found, grid=grid, seeds=seeds, profile=self.profile, code=code, live=True)

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from lib.evidence.code import code_digest, lib_digest
+from lib.evidence.code import lib_digest, loaded_digest
 from lib.evidence.files import EvidenceError
 from lib.evidence.rows import plain
 
@@ -45,9 +45,10 @@ def of_process(device: str) -> dict:
 def of_worker(run: Callable, code: str, device: str) -> dict:
     """`of_process`, asked where `run` is to run, perhaps on another machine.
 
-    Raises EvidenceError if that has other code than the driver, whose `code_digest` is `code`.
+    Raises EvidenceError if that has loaded other code than the driver, whose digest is `code`, or code that
+    was edited since, as in a worker that stands through a `git pull`.
     """
-    if code_digest(run) != code:
+    if loaded_digest(run) != code:
         raise EvidenceError(
             f"the worker (process {os.getpid()} on {platform.node()}) has other code for {run.__module__}."
             f"{run.__qualname__} than the driver: install the same checkout there, or, if the code was "

@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,14 +127,19 @@ def read(path: Path, damaged: str = "raise") -> Recorded:
     return found
 
 
+def alone_in(path: Path) -> AbstractContextManager:
+    """The lock of a file of rows: `lib.evidence.locks.held`."""
+    return held(path.with_name(f".{path.name}.lock"), f"recording into {named(path, ROOT)}")
+
+
 def remedy(path: Path) -> str:
-    """What to do about a damaged file: recorded evidence comes back from git, the rest is made again."""
+    """What to do about a damaged file: its sound rows stay, those of profile quick are made again."""
     file = named(path, ROOT)
     if path.name.endswith(".quick.jsonl"):
         return f"Rows are never edited: delete {file}, the next run of the chapter makes it again."
     return (
-        f"Rows are never edited: `git checkout -- {file}` brings them back as committed; "
-        "`python -m lib.evidence check` lists every damaged line."
+        f"Rows are never edited: `python -m lib.evidence mend {file}` moves the damaged lines to "
+        f"{file}.damaged and keeps all others; the next run of the chapter makes again what they held."
     )
 
 
@@ -148,6 +153,7 @@ class RowStore:
     def __init__(self, path: Path, *, code: str, provenance: Mapping | None = None):
         self.path, self.code = Path(path), code
         self.provenance = plain(provenance or {}, "provenance")
+        self._holding = False
         self._look()
 
     def key(self, settings: Mapping, seed: int) -> str:
@@ -170,24 +176,36 @@ class RowStore:
     def held(self) -> Iterator[None]:
         """Record alone: while the block runs, others that want to record here get an EvidenceError.
 
-        An EvidenceError too if the file cannot be written and runs are to do.
+        An EvidenceError too if the file cannot be written and runs are to do. Within the block this store may
+        be held again.
         """
-        lock = self.path.with_name(f".{self.path.name}.lock")
+        if self._holding:
+            yield
+            return
         with ExitStack() as stack:
             try:
-                stack.enter_context(held(lock, f"recording into {named(self.path, ROOT)}"))
+                stack.enter_context(alone_in(self.path))
             except OSError as error:
                 if not self._complete():
                     raise _unwritable(self.path, error) from error
             self._look()  # what another process recorded since this store was opened
-            yield
+            self._holding = True
+            try:
+                yield
+            finally:
+                self._holding = False
 
     def declare(self, grid: list[dict], seeds: list[int], *, run: str, replace: bool = False) -> None:
         """Write down which runs the file is to hold and what makes them, unless its plan says so already.
 
         run: the function, as "lib.experiments.module.function". Rows that `rescue` kept are taken in first.
-        Raises EvidenceError if the file's plan holds runs that this one lacks, except with `replace`.
+        Raises EvidenceError if the file's plan holds runs that this one lacks, except with `replace`; and as
+        `held`, under which all of this happens.
         """
+        with self.held():
+            self._declare(grid, seeds, run, replace)
+
+    def _declare(self, grid: list[dict], seeds: list[int], run: str, replace: bool) -> None:
         plan, file = plain({"grid": grid, "seeds": seeds, "run": run}, "plan"), named(self.path, ROOT)
         before = read(self.path).plan
         if before and not replace and (changed := plans.difference(before, plan)):

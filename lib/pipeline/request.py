@@ -6,7 +6,9 @@ import ast
 import importlib.util
 import re
 import shlex
+import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from lib.choices import DEVICES, PROFILES, check_choice, resolve_device
 from lib.pipeline.layout import Chapter, Layout
@@ -15,6 +17,7 @@ from lib.pipeline.layout import Chapter, Layout
 # which is not imported for it, since it brings torch.
 BACKENDS = {"local": "joblib", "dask": "distributed", "ray": "ray"}
 SPREAD = ("jobs", "backend")  # parameters that say where runs happen; no result depends on them
+CONNECT_S = 3.0  # to reach the scheduler
 INSTALL = ".venv/bin/python -m pip install -r requirements-cluster.txt"
 
 
@@ -77,6 +80,8 @@ def plan(
         problems += _device(str(given["device"]), check_machine=not problems)
     if chapter in known and "profile" not in known[chapter] and profile != PROFILES[0]:
         problems.append(f"chapter {chapter!r} has no parameter 'profile': it takes no PROFILE={profile}")
+    if not problems and scheduler.strip():  # last, since it may take seconds
+        problems += _unreachable(scheduler.strip())
     if problems:
         raise RequestError(problems)
     return [Job(c, profile, _differing({**given, "profile": profile}, known[c.name])) for c in chosen]
@@ -98,11 +103,34 @@ def _spread(given: dict, scheduler: str) -> list[str]:
         problems.append(f"backend {backend!r} needs a package that is not installed here: {INSTALL}")
     if scheduler.strip() and backend != "dask":
         problems.append(f"SCHEDULER={scheduler} is the address of a Dask scheduler: add BACKEND=dask")
-    if scheduler.strip() and not re.fullmatch(r"[a-z]+://\S+", scheduler.strip()):
+    if scheduler.strip() and not _is_address(scheduler.strip()):
         problems.append(f"SCHEDULER={scheduler} is no address; they look like tcp://192.168.0.7:8786")
     if jobs != "auto" and (type(jobs) is not int or jobs < 1):
         problems.append(f"jobs={jobs!r}: runs at a time, a whole number from 1, or auto: the cores there are")
     return problems
+
+
+def _is_address(scheduler: str) -> bool:
+    if not re.fullmatch(r"[a-z]+://\S+", scheduler):
+        return False
+    try:
+        parts = urlsplit(scheduler)
+        return parts.scheme not in ("tcp", "tls") or bool(parts.hostname and parts.port)
+    except ValueError:  # the port is no number, or none that there is
+        return False
+
+
+def _unreachable(scheduler: str) -> list[str]:
+    """Whether anybody listens at the address; that it is a scheduler shows when the chapter asks it."""
+    parts = urlsplit(scheduler)
+    if parts.scheme not in ("tcp", "tls"):
+        return []
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_S).close()
+    except OSError as error:
+        return [f"no scheduler answers at SCHEDULER={scheduler} ({error.strerror or error}): start it with "
+                "`dask scheduler`, or correct the address"]  # fmt: skip
+    return []
 
 
 def parse(text: str) -> tuple[dict, list[str]]:

@@ -49,7 +49,7 @@ def test_check_names_the_damaged_file_and_line_and_still_reads_the_others(root, 
     assert main(["check"], root=root) == 1
     said = capsys.readouterr()
     assert "PROBLEM data/evidence/toy/first.standard.jsonl, line 2: its content does not match" in said.err
-    assert "git checkout" in said.err
+    assert "lib.evidence mend" in said.err
     assert "first.standard.jsonl: 0 rows, 0 of them failed; an unfinished last line" in said.out
     assert "second.standard.jsonl: 1 rows" in said.out
 
@@ -79,7 +79,7 @@ def test_check_asks_for_a_newer_checkout_where_a_file_is_of_another_schema(root,
     path.write_bytes((root / "new.jsonl").read_bytes())
     assert main(["check"], root=root) == 1
     said = capsys.readouterr()
-    assert "first.standard.jsonl, line 1: it is of schema 2" in said.err and "git checkout" not in said.err
+    assert "first.standard.jsonl, line 1: it is of schema 2" in said.err and "mend" not in said.err
     assert "second.standard.jsonl: 1 rows" in said.out
 
 
@@ -126,3 +126,35 @@ def test_an_unknown_command_is_refused(capsys):
 def test_the_commands_start_without_torch_and_without_matplotlib():
     code = "import sys, lib.evidence.__main__; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_mend_moves_damaged_lines_aside_and_keeps_all_others_to_the_byte(root, capsys):
+    path = root / "data/evidence/toy/first.standard.jsonl"
+    for seed in (1, 2):
+        RowStore(path, code="c").append(settings={"n": 1}, seed=seed, result={"y": 2}, wall_s=0, core_s=0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = [lines[2].replace(b'"seed":1', b'"seed":7'), b"\xff<<<<<<< HEAD\n"]
+    damaged = b"".join([*lines[:2], *bad, lines[3], b'{"torn'])
+    path.write_bytes(damaged)
+    with RowStore(root / "data/evidence/toy/second.standard.jsonl", code="c").held():
+        assert main(["mend", str(path)], root=root) == 0
+    assert "first.standard.jsonl: 2 damaged lines moved, 3 sound lines" in capsys.readouterr().out
+    assert path.read_bytes() == b"".join([*lines[:2], lines[3], b'{"torn'])
+    assert path.with_name(path.name + ".damaged").read_bytes() == b"".join(bad)
+    before = path.read_bytes()
+    with RowStore(path, code="c").held():
+        assert main(["mend", str(path)], root=root) == 1
+    assert "wait for it or stop it" in capsys.readouterr().err
+    assert main(["mend", str(path)], root=root) == 0 and path.read_bytes() == before
+    assert main(["mend", str(root / "absent.jsonl")], root=root) == 1
+
+
+def test_mend_leaves_a_file_of_another_schema_as_it_is(root, capsys, monkeypatch):
+    path = root / "data/evidence/toy/first.standard.jsonl"
+    monkeypatch.setattr("lib.evidence.rows.SCHEMA", 2)
+    path.unlink()
+    RowStore(path, code="c").declare([{"n": 1}], [0], run="lib.toy.run")
+    monkeypatch.undo()
+    before = path.read_bytes()
+    assert main(["mend", str(path)], root=root) == 1
+    assert "update the checkout" in capsys.readouterr().err and path.read_bytes() == before

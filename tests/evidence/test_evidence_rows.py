@@ -170,7 +170,7 @@ def test_an_edited_line_is_reported_by_file_and_number_and_the_others_stay_reada
     with pytest.raises(EvidenceError) as error:
         read(path)
     assert "x.standard.jsonl, line 3" in str(error.value) and why in str(error.value)
-    assert "git checkout" in str(error.value)
+    assert "lib.evidence mend" in str(error.value)
     found = read(path, damaged="collect")
     assert [(damage.line, why in damage.why) for damage in found.damaged] == [(3, True)]
     kept = [row["seed"] for row in found.rows]
@@ -259,7 +259,7 @@ def test_a_line_of_another_schema_is_no_damage_and_asks_for_a_newer_checkout(tmp
         read(path, damaged=mode)
     said = str(error.value)
     assert "x.quick.jsonl, line 3: it is of schema 2, this checkout reads schema 1" in said
-    assert "update the checkout" in said and "delete" not in said and "git checkout" not in said
+    assert "update the checkout" in said and "delete" not in said and "mend" not in said
     with pytest.raises(EvidenceError):
         append(RowStore(path, code="c"), {"n": 1})
     assert path.read_text() == text

@@ -1,11 +1,16 @@
 """A chapter's experiment while it is recorded: what is refused, counted, and left out."""
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 
 from lib.evidence import EvidenceError, ledger, provenance
 from lib.evidence.__main__ import main
 from lib.evidence.code import code_digest
 from lib.evidence.forecast import forecast
+from lib.evidence.locks import Held
 from lib.evidence.rows import RowStore, content, read
 
 calls = []
@@ -73,6 +78,62 @@ def test_a_second_driver_is_told_who_records(chapter, tmp_path):
         assert calls == []
     chapter("standard").experiment("acc", run, [{"n": 1}])
     assert calls == [(1, 0)]
+
+
+@pytest.mark.parametrize("profile, folder", [("quick", "build/evidence"), ("standard", "evidence")])
+def test_a_refused_driver_leaves_the_plan_of_the_first_as_it_is(chapter, tmp_path, profile, folder):
+    path = tmp_path / folder / f"toy/acc.{profile}.jsonl"
+    first = RowStore(path, code="c")
+    with first.held():
+        first.declare([{"n": 1}], [0], run="lib.toy.run")
+        before = path.read_bytes()
+        with pytest.raises(Held):
+            chapter(profile).experiment("acc", run, [{"n": 1}, {"n": 2}])
+        with pytest.raises(Held):
+            RowStore(path, code="c").declare([{"n": 3}], [0], run="lib.toy.run", replace=True)
+        assert path.read_bytes() == before and calls == []
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import toy_edited
+from lib.evidence import EvidenceError, provenance
+from lib.evidence.code import code_digest
+file, first = Path(toy_edited.__file__), code_digest(toy_edited.run)
+assert provenance.of_worker(toy_edited.run, first, "cpu")
+file.write_text(file.read_text() + "# a remark\\n")
+assert provenance.of_worker(toy_edited.run, first, "cpu")
+file.write_text(file.read_text().replace("1", "2"))
+for code in (first, code_digest(toy_edited.run)):
+    try:
+        provenance.of_worker(toy_edited.run, code, "cpu")
+    except EvidenceError as error:
+        print(error)
+"""
+
+
+def test_a_process_whose_code_was_edited_is_refused_until_it_starts_again(tmp_path):
+    (tmp_path / "toy_edited.py").write_text("def run(settings, *, seed):\n    return {'y': 1}\n")
+    for refused in (2, 0):
+        text = WORKER if refused else WORKER.split("file.write_text")[0]
+        done = subprocess.run([sys.executable, "-c", text, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("was edited after this process") == refused
+        assert done.stdout.count("restart the kernel (or the workers)") == refused
+
+
+def test_an_experiment_whose_code_was_edited_in_a_running_kernel_is_refused(chapter, tmp_path, monkeypatch):
+    (tmp_path / "toy_kernel.py").write_text("def run(settings, *, seed):\n    return {'y': 1}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    toy_run = importlib.import_module("toy_kernel").run
+    toy = chapter()
+    toy.experiment("first", toy_run, [{"n": 1}])
+    (tmp_path / "toy_kernel.py").write_text("def run(settings, *, seed):\n    return {'y': 2}\n")
+    with pytest.raises(EvidenceError, match="restart the kernel"):
+        toy.experiment("second", toy_run, [{"n": 1}])
+    assert not (tmp_path / "build/evidence/toy/second.quick.jsonl").exists()
 
 
 def test_a_worker_with_other_code_is_refused_and_one_with_the_same_says_what_it_is():

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,28 @@ def installed(monkeypatch):
 
     say("joblib", "distributed", "ray")
     return say
+
+
+@pytest.fixture
+def answering():
+    """The address of a port where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["tcp://here:port", "tcp://here", "tcp://:8786", "tcp://a:99999"])
+def test_what_is_no_address_of_a_scheduler_is_refused(spread, installed, address):
+    (found,) = problems(spread, backend="dask", scheduler=address)
+    assert f"SCHEDULER={address} is no address" in found
+
+
+def test_a_scheduler_that_does_not_answer_is_named_within_seconds(spread, installed, answering):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    start = time.monotonic()
+    (found,) = problems(spread, backend="dask", scheduler=gone)
+    assert f"no scheduler answers at SCHEDULER={gone}" in found and time.monotonic() - start < 5
+    assert plan(spread.layout, chapter="one", profile="quick", params="", backend="dask", scheduler=answering)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +115,8 @@ def test_with_all_chapters_a_parameter_goes_to_those_that_have_it(toy):
     assert "'wide'" in problems(toy, params="wide=5")[0]
 
 
-def test_jobs_and_backend_go_to_the_chapters_that_have_them(spread, installed):
-    asked = dict(chapter=None, profile="quick", params="", backend="dask", scheduler="tcp://a:1", jobs="4")
+def test_jobs_and_backend_go_to_the_chapters_that_have_them(spread, installed, answering):
+    asked = dict(chapter=None, profile="quick", params="", backend="dask", scheduler=answering, jobs="4")
     jobs = {job.chapter.name: job.parameters for job in plan(spread.layout, **asked)}
     assert jobs == {"one": {"jobs": 4, "backend": "dask"}, "two": {}, "summary": {}}
 
@@ -136,11 +159,13 @@ def test_a_backend_that_is_not_installed_is_named_with_the_line_that_installs_it
     assert plan(spread.layout, chapter="one", profile="quick", params="", backend=backend)
 
 
-def test_a_scheduler_reaches_the_kernel_in_the_variable_that_dask_reads(spread, installed, monkeypatch):
+def test_a_scheduler_reaches_the_kernel_in_the_variable_that_dask_reads(
+    spread, installed, answering, monkeypatch
+):
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://of-before:1")
     monkeypatch.setattr(build, "book", lambda *args: print(os.environ["DASK_SCHEDULER_ADDRESS"]) or 0)
-    assert spread.run("book", "--backend", "dask", "--scheduler", "tcp://there:8786") == 0
-    assert os.environ["DASK_SCHEDULER_ADDRESS"] == "tcp://there:8786"
+    assert spread.run("book", "--backend", "dask", "--scheduler", answering) == 0
+    assert os.environ["DASK_SCHEDULER_ADDRESS"] == answering
 
 
 def test_only_what_differs_from_the_chapter_is_injected(toy):

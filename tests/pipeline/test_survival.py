@@ -81,18 +81,18 @@ def test_evidence_killed_three_times_at_random_is_the_same_to_the_byte(toy, tmp_
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed of the moments: {seed}")
     moments = random.Random(seed)
-    unkilled = sweeping(type(toy)(tmp_path / "unkilled"), steps=60)
+    unkilled = sweeping(type(toy)(tmp_path / "unkilled"), steps=150)
     code, said = finish(record(unkilled))
     assert code == 0, said
     assert "one: nothing is recorded yet" in said
     assert "\n  trained, runs: 8 done, 0 skipped, 0 failed; " in said
-    killed = sweeping(toy, steps=60)
+    killed = sweeping(toy, steps=150)
     for _ in range(3):
         before = len(rows(killed))
         process = record(killed)
         # Past the start-up, which would be hit most often otherwise; then at any moment of a run.
-        until(lambda n=before: len(rows(killed)) > n, process)
-        time.sleep(moments.uniform(0, 1))
+        assert until(lambda n=before: len(rows(killed)) > n, process), "it ended before it could be killed"
+        time.sleep(moments.uniform(0, 0.3))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     code, said = finish(record(killed))
