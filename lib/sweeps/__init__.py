@@ -19,28 +19,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import joblib
-
-from lib.choices import check_choice
 from lib.paths import ROOT
+from lib.sweeps.checks import check_scratch, check_work, width_of
 from lib.sweeps.engines import BACKENDS, Dask, Engine, Local, Ray
-from lib.sweeps.gpus import free_gpus, places
+from lib.sweeps.gpus import free_gpus
 from lib.sweeps.one_run import Call, lock_of
 from lib.sweeps.progress import Reporter, Status, listener
 from lib.sweeps.spread import one_by_one, spread
 from lib.sweeps.stopping import Interrupted, Stop, signals
 
-__all__ = ["BACKENDS", "Status", "run_key", "run_sweep"]
-
-
-def run_key(settings: Mapping, seed: int) -> str:
-    """A short name for one run, the same whatever the order of the settings.
-
-    >>> run_key({"n": 8, "L": 2}, 0) == run_key({"L": 2, "n": 8}, 0) != run_key({"L": 2, "n": 8}, 1)
-    True
-    """
-    text = json.dumps({"settings": dict(settings), "seed": seed}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+__all__ = ["BACKENDS", "Status", "run_sweep"]
 
 
 def run_sweep(
@@ -69,17 +57,20 @@ def run_sweep(
     n_jobs: processes, one thread each; "auto": as many as this process has cores. A cluster that exists
     already decides itself; without one, "dask" and "ray" start one of that size on this machine.
     device: "cuda" gives each process a GPU, `per_gpu` processes to one; "cuda:1" gives all of them that one.
-    time_limit: wall seconds of one attempt; a run above it has failed. A call that hangs outside Python is
-    ended too in worker processes of this machine, not in this process and not on a cluster.
+    time_limit: wall seconds of one attempt; a run above it has failed. With one, runs get a worker process
+    even if n_jobs=1, as only that can be ended when a call hangs outside Python; on a cluster it is not.
+    Without one, n_jobs=1 computes in this process: a run that crashes it ends the sweep, each time again.
     progress: True for a bar or lines, or a function that is called with a `Status` (from another thread too).
     about: called once in each worker process, for `append(about=…)`; if it raises, so does the sweep.
 
     Ctrl-C and SIGTERM finish the append under way, say how to go on, and raise KeyboardInterrupt or
     SystemExit(143). Raises ValueError for an empty grid, repeated settings or seeds, an unknown backend;
-    ImportError and ConnectionError for a cluster that cannot be used; OSError if a row cannot be written.
+    ImportError and ConnectionError for a cluster that cannot be used; OSError if a row cannot be written, or
+    nothing more in `scratch`.
     """
+    check_work(run, grid, seeds, progress)
     names = _names(grid, seeds, store)
-    width = _width(n_jobs, backend, device, per_gpu, time_limit)
+    width = width_of(n_jobs, backend, device, per_gpu, time_limit)
     keeps = scratch is not None and "scratch" in inspect.signature(run).parameters
     folder = Path(scratch).resolve() if keeps else None
     sweep = uuid.uuid4().hex[:12]
@@ -94,16 +85,21 @@ def run_sweep(
             for name, (settings, seed) in names.items()
             if store is None or not store.has(store.key(settings, seed))
         ]  # fmt: skip
+        if folder and calls:
+            check_scratch(folder)
         stack.callback(free_gpus, sweep)
         stop = stack.enter_context(signals())
         # A sweep of one run has nothing to spread. The last of many stays with a worker: it may kill one.
-        here = not calls or (backend == "local" and (width == 1 or len(names) == 1))
+        # Only a process that does nothing else can be ended when its run hangs beyond a time limit.
+        alone = width == 1 or len(names) == 1
+        here = not calls or (backend == "local" and alone and time_limit is None)
         report = Reporter(
             listener(progress), {call.name: _expected(store, call) for call in calls},
             skipped=len(names) - len(calls), width=lambda: engine.width,
         )  # fmt: skip
-        engine = Engine() if here else _engine(backend, min(width, len(calls)), device, per_gpu)
         try:
+            with stop.interrupting():  # to connect to a cluster may take long
+                engine = Engine() if here else _engine(backend, min(width, len(calls)), device, per_gpu)
             with engine, report:
                 rows = one_by_one(calls, stop) if here else spread(calls, engine, stop, report)
                 fresh = _record(rows, store, stop, report)
@@ -121,9 +117,7 @@ def run_sweep(
 
 def _names(grid: Sequence[Mapping], seeds: Sequence[int], store) -> dict[str, tuple[dict, int]]:
     """Every run under a name that can be a file's."""
-    if not grid or not seeds:
-        raise ValueError(f"a sweep needs settings and seeds, got {len(grid)} settings, {len(seeds)} seeds")
-    key = run_key if store is None else store.key
+    key = _key if store is None else store.key
     names = {_name(key(part, seed), store): (dict(part), seed) for part in grid for seed in seeds}
     if len(names) < len(grid) * len(seeds):
         raise ValueError(
@@ -137,19 +131,9 @@ def _name(key: str, store) -> str:
     return hashlib.sha256(f"{key} {getattr(store, 'code', '')}".encode()).hexdigest()[:16]
 
 
-def _width(n_jobs: int | str, backend: str, device: str, per_gpu: int, time_limit: float | None) -> int:
-    """Processes to use on this machine, after a look at all that says how runs are spread."""
-    check_choice("backend", backend, BACKENDS)
-    if n_jobs == "auto":
-        n_jobs = joblib.cpu_count()  # of this process: affinity and container limits count
-    for name, value in {"n_jobs": n_jobs, "per_gpu": per_gpu}.items():
-        if not isinstance(value, int) or value < 1:
-            also = " or 'auto'" if name == "n_jobs" else ""
-            raise ValueError(f"{name} is a whole number of at least 1{also}, got {name}={value!r}")
-    if time_limit is not None and not 0 < time_limit < float("inf"):
-        raise ValueError(f"time_limit is a number of seconds above 0, or None, got {time_limit!r}")
-    shares = places(device, per_gpu)
-    return min(n_jobs, len(shares)) if shares else n_jobs
+def _key(settings: Mapping, seed: int) -> str:
+    """What a store's `key` gives, for want of a store: the same whatever the order of the settings."""
+    return json.dumps({"settings": dict(settings), "seed": seed}, sort_keys=True)
 
 
 def _engine(backend: str, n_jobs: int, device: str, per_gpu: int) -> Engine:
@@ -163,8 +147,11 @@ def _engine(backend: str, n_jobs: int, device: str, per_gpu: int) -> Engine:
 
 def _record(rows: Iterator[tuple[Call, dict]], store, stop: Stop, report: Reporter) -> dict[str, dict]:
     """Append each row as it comes; -> the rows by name. OSError if that fails: says what became of them."""
-    fresh, lost, trouble = {}, [], None
+    fresh, lost, trouble, no_scratch = {}, [], None, None
     for call, row in rows:
+        if "no_scratch" in row:
+            no_scratch, stop.asked = (call.scratch.parent, *row["no_scratch"]), True
+            continue
         try:
             if trouble is None:
                 fresh[call.name] = kept = _append(store, row)
@@ -180,6 +167,8 @@ def _record(rows: Iterator[tuple[Call, dict]], store, stop: Stop, report: Report
             lock_of(call.scratch).unlink(missing_ok=True)
     if trouble is not None:
         raise _unwritten(store, trouble, lost, report)
+    if no_scratch is not None:
+        raise _unkept(store, *no_scratch, report)
     return fresh
 
 
@@ -196,7 +185,8 @@ def _unwritten(store, error: OSError, lost: list[Path | None], report: Reporter)
     """What happened, what was kept and where, and how to go on."""
     kept = sorted({str(path) for path in lost if path})
     count = "The run that had" if len(lost) == 1 else f"The {len(lost)} runs that had"
-    fate = f"was kept in {kept[0]}, and the next start takes it in" if kept else "will be repeated"
+    verb, them = ("was", "it") if len(lost) == 1 else ("were", "them")
+    fate = f"{verb} kept in {kept[0]}, and the next start takes {them} in" if kept else "will be repeated"
     recorded, total = report.recorded()
     found = OSError(
         f"cannot write {_file(store)}: {error.strerror or error}. {count} finished {fate}. Make room, or "
@@ -204,6 +194,17 @@ def _unwritten(store, error: OSError, lost: list[Path | None], report: Reporter)
     )
     found.errno = error.errno
     found.__cause__ = error
+    return found
+
+
+def _unkept(store, folder: Path, number: int | None, reason: str, report: Reporter) -> OSError:
+    """The disk under the scratch folder fails: every run to come would, through no fault of its own."""
+    recorded, total = report.recorded()
+    found = OSError(
+        f"cannot write in the scratch folder {folder}: {reason}. Make room there, or name another folder; "
+        f"{recorded} of {total} runs are {_kept(store)}"
+    )
+    found.errno = number
     return found
 
 

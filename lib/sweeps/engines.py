@@ -8,6 +8,7 @@ exception ends what still runs.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 import os
@@ -177,12 +178,37 @@ class Dask(Engine):
 
 def _connected(distributed, address: str):
     try:
+        _ask_who_it_is(distributed, address)
         return distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        what = f"no answer in {CONNECT_S:g} s" if isinstance(error, TimeoutError) else "no scheduler's answer"
+        reason = str(error) if isinstance(error, (OSError, ValueError)) and str(error) else what
         raise ConnectionError(
-            f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`, or correct "
+            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or correct "
             "the address that Dask is configured with (DASK_SCHEDULER_ADDRESS)"
         ) from error
+
+
+def _ask_who_it_is(distributed, address: str) -> None:
+    """Raises unless a scheduler answers soon. A Client waits for ever where something else listens.
+
+    In a thread: this one may have an event loop, as a notebook's does, and has to hear Ctrl-C.
+    """
+
+    async def ask() -> None:
+        security = distributed.Security().get_connection_args("client")
+        async with distributed.rpc(address, timeout=CONNECT_S, connection_args=security) as scheduler:
+            await asyncio.wait_for(scheduler.identity(), CONNECT_S)
+
+    def work() -> None:
+        try:
+            answer.set_result(asyncio.run(ask()))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    answer = Future()
+    threading.Thread(target=work, daemon=True).start()
+    answer.result(timeout=CONNECT_S + 2)
 
 
 class Ray(Engine):

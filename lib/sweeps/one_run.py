@@ -5,6 +5,8 @@ Everything here gives the same row in this process, in a joblib worker, on Dask 
 
 from __future__ import annotations
 
+import copy
+import errno
 import pickle
 import time
 import traceback
@@ -24,6 +26,7 @@ except ImportError:  # Windows: a run that outlived its driver may share its scr
     fcntl = None
 
 TRIES = 2
+NO_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 DIED = (
     "its worker process died, and died again when the run was repeated with nothing beside it: killed from "
     "outside (often because memory ran out) or by a crash in native code"
@@ -58,8 +61,16 @@ class Call:
         return self.marks / f"{self.name}.overran"
 
 
-def attempt(call: Call) -> dict:
-    """The row of one run, with what `about` says of this process; {"refused": error} if `about` raises."""
+class NoScratchError(Exception):
+    """The disk under the scratch folder fails, which is no fault of the run's. args: errno and reason."""
+
+
+def attempt(call: Call, here: bool = False) -> dict:
+    """The row of one run, with what `about` says of this process.
+
+    {"refused": error} if `about` raises, {"no_scratch": (errno, reason)} if the disk of the scratch folder
+    fails. here: in the process of the driver, where Ctrl-C is the sweep's and not an error of the run.
+    """
     if call.marks:
         call.started.touch()
     try:
@@ -70,9 +81,15 @@ def attempt(call: Call) -> dict:
     with ExitStack() as stack:
         stack.enter_context(gpu(call.device, call.per_gpu, call.sweep))
         if call.scratch is not None:
-            stack.enter_context(_alone_in(call.scratch))
+            try:
+                stack.enter_context(_alone_in(call.scratch))
+            except OSError as error:
+                return {"no_scratch": (error.errno, error.strerror or str(error))}
         wall, core = time.perf_counter(), time.process_time()
-        result, failed = _tried(call)
+        try:
+            result, failed = _tried(call, here)
+        except NoScratchError as trouble:
+            return {"no_scratch": trouble.args}
         return row(
             call, result, failed, about, time.perf_counter() - wall, time.process_time() - core
         )
@@ -87,8 +104,10 @@ def row(
     }  # fmt: skip
 
 
-def over_limit(call: Call) -> str:
-    return f"it ran longer than its time limit of {call.time_limit:g} s, and was stopped"
+def over_limit(call: Call, stopped: bool = True) -> str:
+    """stopped: False for a run that could not be interrupted, and ended by itself after its limit."""
+    end = "was stopped" if stopped else "ended only then, by itself"
+    return f"it ran longer than its time limit of {call.time_limit:g} s, and {end}"
 
 
 def _about(call: Call) -> Mapping | None:
@@ -99,27 +118,41 @@ def _about(call: Call) -> Mapping | None:
     return _facts[call.sweep]
 
 
-def _tried(call: Call) -> tuple[object, str | None]:
+def _tried(call: Call, here: bool) -> tuple[object, str | None]:
     """(result, None), or (None, how it failed). Over its time limit, a run is not tried again."""
     failed = None
     for _ in range(TRIES):
-        limit = TimeLimit(call.time_limit, call.marks and call.overran)
+        limit, ended = TimeLimit(call.time_limit, call.marks and call.overran), False
         try:
             limit.start()
             try:
-                result = call.run(call.settings, seed=call.seed, **_folder(call))
+                # A copy: the row, and the key of it, tell what the grid has, whatever a run does to its own.
+                settings = copy.deepcopy(call.settings)
+                result = call.run(settings, seed=call.seed, **_folder(call))
+                ended = True
             finally:
                 limit.stop()
             failed = _unportable(result)
         except TimeUp:
             limit.stop()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if here and not isinstance(error, (Exception, SystemExit)):
+                raise
+            if call.scratch is not None and (found := _disk_trouble(error)):
+                raise NoScratchError(found.errno, found.strerror or str(found)) from error
             failed = _trace(error)
         if limit.fired:
-            return None, over_limit(call)
+            return None, over_limit(call, stopped=not ended)
         if failed is None:
             return result, None
     return None, failed
+
+
+def _disk_trouble(error: BaseException | None) -> OSError | None:
+    """The OSError of a full or failing disk behind `error`: torch's own may hide it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in NO_DISK):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _folder(call: Call) -> dict[str, Path]:

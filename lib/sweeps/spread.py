@@ -25,7 +25,7 @@ def one_by_one(calls: Sequence[Call], stop: Stop) -> Iterator[tuple[Call, dict]]
         threads = torch.get_num_threads()
         try:
             with stop.interrupting():
-                outcome = attempt(call)
+                outcome = attempt(call, here=True)
         except Interrupted:
             return
         finally:
@@ -80,7 +80,7 @@ def _together(calls, engine, stop, report, suspects: list[Call]) -> Iterator[tup
             in_vain = in_vain + 1 if len(dead) == len(done) and not late and not begun else 0
         if in_vain == IN_VAIN:
             raise RuntimeError(
-                f"worker processes died {IN_VAIN} times before they began a run: is there memory for them?"
+                f"worker processes died {IN_VAIN} times before they began a run; they may lack memory"
             )
         waiting |= {engine.submit(call): call for call in again}
         if waiting and not done and time.monotonic() > look:
@@ -100,6 +100,11 @@ def _outcome(future: Future) -> dict:
     except CancelledError as error:
         raise ConnectionError(
             "the scheduler of the cluster is gone; once it is back, the same command goes on from here"
+        ) from error
+    except OSError as error:
+        raise RuntimeError(
+            f"a worker could not take a run: {type(error).__name__}: {error}. Look at the disk, folder or "
+            "connection that this names, on the machine of that worker; then the same command goes on"
         ) from error
     except Exception as error:
         raise RuntimeError(

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import dask
 import pytest
@@ -39,6 +42,38 @@ def test_a_dask_scheduler_that_does_not_answer_is_named_before_any_run(monkeypat
     with dask.config.set({"scheduler-address": "tcp://127.0.0.1:9"}):
         with pytest.raises(ConnectionError, match="no Dask scheduler answers at tcp://127.0.0.1:9 .*dask"):
             run_sweep(plain_run, GRID, seeds=[0], backend="dask", progress=False)
+
+
+def test_a_port_that_speaks_something_else_is_no_scheduler(monkeypatch):
+    """It takes the connection and says nothing: a client of Dask would wait for ever."""
+    monkeypatch.setattr(engines, "CONNECT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        with dask.config.set({"scheduler-address": address}):
+            with pytest.raises(ConnectionError, match=f"no Dask scheduler answers at {address} "):
+                run_sweep(plain_run, GRID, seeds=[0], backend="dask", progress=False)
+
+
+def test_a_signal_while_connecting_stops_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(engines, "CONNECT_S", 60.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+
+        accepted = []
+
+        def send_once_connected():
+            accepted.append(mute.accept()[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        sender = threading.Thread(target=send_once_connected)
+        sender.start()
+        start = time.monotonic()
+        with dask.config.set({"scheduler-address": f"tcp://127.0.0.1:{mute.getsockname()[1]}"}):
+            with pytest.raises(SystemExit) as caught:
+                run_sweep(plain_run, GRID, seeds=[0], backend="dask", progress=False)
+        sender.join()
+        accepted[0].close()
+    assert caught.value.code == 143 and time.monotonic() - start < 30
+    assert "Stopped: 0 of 4 runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])

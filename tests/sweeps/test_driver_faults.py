@@ -205,3 +205,52 @@ def test_a_checkpoint_stays_until_its_row_is_written(tmp_path):
     with pytest.raises(OSError, match="Read-only file system. The run that had finished will be repeated"):
         run_sweep(run, GRID, seeds=[0], store=store, scratch=tmp_path / "scratch", progress=False)
     assert len([*tmp_path.glob("scratch/*/checkpoint")]) == 1
+
+
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_under_scratch_stops_the_sweep_and_is_no_failed_run(tmp_path, n_jobs):
+    store = RowStore(tmp_path / "rows.jsonl", code="c0ffee")
+    full = tmp_path / "full"
+    log = tmp_path / "calls.log"
+
+    def run(settings, *, seed, scratch):
+        import errno
+
+        with open(log, "a") as file:
+            file.write("try\n")
+        if settings["a"] and full.exists():
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError:
+                raise RuntimeError("the file could not be saved")  # noqa: B904 (as torch.save says it)
+        return {"value": settings["a"] * 10 + seed}
+
+    def sweep(jobs, seeds):
+        run_sweep(
+            run, GRID, seeds=seeds, store=store, n_jobs=jobs, scratch=tmp_path / "scratch", progress=False
+        )
+
+    full.touch()
+    with pytest.raises(OSError) as caught:
+        sweep(n_jobs, [0, 1])
+    assert caught.value.errno == errno.ENOSPC
+    message = str(caught.value)
+    assert f"scratch folder {tmp_path / 'scratch'}: No space left on device. Make room" in message
+    assert f"{len(store.rows())} of 6 runs are recorded in" in message and "same command goes on" in message
+    assert not any(row.get("failed") for row in store.rows())
+    if n_jobs == 1:
+        assert len(store.rows()) == 2 and len(log.read_text().split()) == 3
+    full.unlink()
+    sweep(1, [0, 1])
+    assert recorded(tmp_path) == unkilled(tmp_path)
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_named_before_any_run(tmp_path):
+    (tmp_path / "file").touch()
+
+    def run(settings, *, seed, scratch):
+        raise AssertionError("a run began")
+
+    folder = tmp_path / "file" / "scratch"
+    with pytest.raises(OSError, match=f"cannot write in the scratch folder {folder}: .*nothing has run"):
+        run_sweep(run, GRID, seeds=[0], scratch=folder, progress=False)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lib.evidence.rows import RowStore
 from lib.models.transformer import Transformer, TransformerConfig
 from lib.optimizers import Optimizer
-from lib.sweeps import run_key, run_sweep
+from lib.sweeps import run_sweep
 from lib.tasks.sum2 import Sum2
 from lib.training import fit
 
@@ -137,9 +137,23 @@ def test_the_number_of_threads_is_given_back():
     torch.set_num_threads(before)
 
 
-def test_the_key_of_a_run_tells_settings_and_seeds_apart():
-    keys = {run_key(settings, seed) for settings in GRID for seed in range(3)}
-    assert len(keys) == 9 and run_key({"x": 1, "y": 2}, 0) == run_key({"y": 2, "x": 1}, 0)
+def test_a_run_that_changes_its_settings_is_recorded_under_those_of_the_grid(tmp_path):
+    seen = []
+
+    def run(settings, *, seed):
+        seen.append((settings.pop("a"), [*settings["inner"]]))
+        settings["inner"].append(4)
+        if len(seen) == 1:
+            raise RuntimeError("once more")
+        return {}
+
+    grid = [{"a": 1, "inner": [3]}]
+    store = RowStore(tmp_path / "rows.jsonl", code="c0ffee")
+    (row,) = run_sweep(run, grid, seeds=[0], store=store, progress=False)
+    assert seen == [(1, [3]), (1, [3])], "each try has settings of its own"
+    assert row["settings"] == {"a": 1, "inner": [3]} == grid[0]
+    run_sweep(run, grid, seeds=[0], store=store, progress=False)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -155,3 +169,35 @@ def test_the_key_of_a_run_tells_settings_and_seeds_apart():
 def test_a_sweep_of_nothing_or_of_repetitions_is_refused(grid, seeds, n_jobs, message):
     with pytest.raises(ValueError, match=message):
         run_sweep(sines, grid, seeds=seeds, n_jobs=n_jobs)
+
+
+def some(settings):
+    yield from settings
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"run": "sines"}, "run is a function"),
+        ({"grid": some(GRID)}, "grid is a list of dicts"),
+        ({"grid": {"a": 3}}, "grid is a list of dicts"),
+        ({"grid": [3]}, "grid is a list of dicts"),
+        ({"seeds": "012"}, "seeds is a list or range of whole numbers, got '012'"),
+        ({"seeds": [0, True]}, "seeds is a list or range of whole numbers"),
+        ({"n_jobs": True}, "n_jobs is a whole number of at least 1 or 'auto', got n_jobs=True"),
+        ({"device": "cdua"}, "unknown device 'cdua'; did you mean 'cuda'"),
+        ({"device": "cuda:x"}, "unknown device 'cuda:x'; only CUDA devices take an index"),
+        ({"device": "cuda"}, "no device 'cuda': this machine has 0 GPUs"),
+        ({"time_limit": "5"}, "time_limit is a number of seconds above 0, or None, got '5'"),
+        ({"progress": "no"}, "progress is True, False or a function"),
+    ],
+)
+def test_a_mistake_in_what_is_asked_for_is_refused_before_anything_runs(change, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def never(settings, *, seed):
+        raise AssertionError("a run began")
+
+    asked = {"run": never, "grid": GRID, "seeds": [0], "progress": False} | change
+    with pytest.raises(ValueError, match=message):
+        run_sweep(asked.pop("run"), asked.pop("grid"), **asked)

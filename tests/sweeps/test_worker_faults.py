@@ -1,18 +1,21 @@
 """Workers that are killed, hang or are refused, as real processes: the run is retried, the others go on."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 import threading
 import time
 import types
+from concurrent.futures import Future
 
 import pytest
 
 from lib.evidence.rows import RowStore
 from lib.sweeps import run_sweep
-from lib.sweeps.one_run import DIED
+from lib.sweeps.one_run import DIED, Call, attempt
+from lib.sweeps.spread import _outcome
 
 ENGINES = ["local", "dask", "ray"]
 GRID = [{"a": a} for a in range(4)]
@@ -59,6 +62,16 @@ def test_a_worker_killed_from_outside_costs_only_steps_that_were_not_saved(tmp_p
     assert victim != driver.process.pid
 
 
+def attempted(run, settings, time_limit):
+    """One run in this process, where it can be watched."""
+    return attempt(
+        Call(
+            sweep="test", name="run", run=run, settings=settings, seed=0, scratch=None, about=None,
+            time_limit=time_limit, device="cpu", per_gpu=1,
+        )
+    )  # fmt: skip
+
+
 def spin(settings, *, seed):
     if settings["a"] == 1:
         while True:
@@ -100,7 +113,8 @@ def test_a_run_over_its_time_limit_has_failed(tmp_path, engine, n_jobs):
 
 
 @pytest.mark.slow
-def test_a_run_that_hangs_outside_python_is_ended_with_its_worker(tmp_path):
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_run_that_hangs_outside_python_is_ended_with_its_worker(tmp_path, n_jobs):
     log = tmp_path / "calls.log"
 
     def run(settings, *, seed):
@@ -112,7 +126,7 @@ def test_a_run_that_hangs_outside_python_is_ended_with_its_worker(tmp_path):
             ctypes.PyDLL(None).sleep(600)  # PyDLL keeps Python's lock, so that no other thread can do a thing
         return {"value": settings["a"]}
 
-    rows = run_sweep(run, GRID, seeds=[0], n_jobs=2, time_limit=0.5, progress=False)
+    rows = run_sweep(run, GRID, seeds=[0], n_jobs=n_jobs, time_limit=0.5, progress=False)
     check_over(rows, log.read_text().split())
     assert ctypes.PyDLL(None).sleep, "else the run failed for want of it"
 
@@ -131,7 +145,7 @@ def test_a_time_limit_does_not_cut_an_import_in_half(tmp_path, monkeypatch):
         while True:
             sum(range(1000))
 
-    (row,) = run_sweep(run, GRID[:1], seeds=[0], time_limit=0.2, progress=False)
+    row = attempted(run, GRID[0], time_limit=0.2)
     assert row["failed"] == OVER.replace("0.5", "0.2")
     assert sys.modules.pop("slow_to_load").whole, "it was loaded to its end"
     assert reached in ([], [True])
@@ -139,7 +153,7 @@ def test_a_time_limit_does_not_cut_an_import_in_half(tmp_path, monkeypatch):
 
 def test_a_time_limit_that_is_not_reached_changes_nothing():
     threads = threading.active_count()
-    rows = run_sweep(spin, GRID[2:], seeds=[0], time_limit=60, progress=False)
+    rows = [attempted(spin, settings, time_limit=60) for settings in GRID[2:]]
     assert values(rows) == [2, 3] and [row["failed"] for row in rows] == [None, None]
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
@@ -158,8 +172,43 @@ def test_each_try_has_the_whole_time_limit():
             raise RuntimeError("once more")
         return {"value": 7}
 
-    (row,) = run_sweep(run, GRID[:1], seeds=[0], time_limit=1.0, progress=False)
+    row = attempted(run, GRID[0], time_limit=1.0)
     assert len(tries) == 2 and row["result"] == {"value": 7} and row["wall_s"] > 1.0
+
+
+def test_a_run_that_outlasted_its_limit_is_not_said_to_be_stopped():
+    def run(settings, *, seed):
+        ctypes.PyDLL(None).usleep(600_000)  # nothing can interrupt it
+        return {"value": 7}
+
+    def care(settings, *, seed):
+        try:
+            while True:
+                sum(range(1000))
+        except BaseException:
+            return {"value": 7}
+
+    over = "it ran longer than its time limit of 0.2 s, and ended only then, by itself"
+    assert attempted(care, GRID[0], time_limit=0.2)["failed"] == over
+    assert "time limit of 0.2 s" in attempted(run, GRID[0], time_limit=0.2)["failed"]
+
+
+@pytest.mark.slow
+def test_a_keyboard_interrupt_of_a_run_in_a_worker_is_a_failed_run():
+    def run(settings, *, seed):
+        if settings["a"] == 1:
+            raise KeyboardInterrupt
+        return {"value": settings["a"]}
+
+    rows = run_sweep(run, GRID, seeds=[0], n_jobs=2, progress=False)
+    assert values(rows) == [0, None, 2, 3] and "KeyboardInterrupt" in rows[1]["failed"]
+
+
+def test_a_worker_without_disk_is_not_told_to_install_anything():
+    future = Future()
+    future.set_exception(OSError(errno.ENOSPC, "No space left on device", "/tmp/x"))
+    with pytest.raises(RuntimeError, match="No space left on device: '/tmp/x'. Look at the disk"):
+        _outcome(future)
 
 
 @pytest.mark.slow
