@@ -175,7 +175,7 @@ def test_a_full_disk_stops_the_sweep_and_costs_no_finished_run(tmp_path, n_jobs,
     assert caught.value.errno == errno.ENOSPC
     assert "rows.jsonl: No space left on device" in message
     assert "the same command goes on (2 of 6 runs are recorded)" in message
-    kept = re.search(r"was kept in (\S+),", message)[1]
+    kept = re.search(r"(?:was|were) kept in (\S+),", message)[1]
     assert os.path.exists(kept) and len(store.rows()) == 2
     computed = len(log.read_text().split())
     rescued = int((re.search(r"The (\d+) runs", message) or [0, 1])[1])
