@@ -10,6 +10,8 @@ BACKEND ?=
 SCHEDULER ?=
 PORT ?= 8000
 FILE ?=
+MODELS ?=
+PRETRAINED ?= yes
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +21,7 @@ MADE_FROM := $(VENV)/made-from.txt
 INPUTS := { echo "$(CURDIR)"; cat requirements.txt pyproject.toml; }
 
 # In the environment, not on command lines: whatever a reader types into them arrives unquoted.
-export PROFILE CHAPTER PARAMS JOBS BACKEND SCHEDULER FILE
+export PROFILE CHAPTER PARAMS JOBS BACKEND SCHEDULER FILE MODELS PRETRAINED
 # Where the runs of a chapter happen. RAY_ADDRESS, where it is set, is read by Ray itself.
 SPREAD := --jobs "$$JOBS" --backend "$$BACKEND" --scheduler "$$SCHEDULER"
 # One thread a process: two cores are slower with more (measured), and sums keep their order.
@@ -27,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 # Recipes `exec` what takes long: a SIGTERM to make then reaches it, not only the shell around it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book chapter evidence test bench serve lint clean provenance
+.PHONY: help setup book chapter evidence test bench serve models lint clean provenance
 
 help: ## this list
 	@echo "make TARGET [CHAPTER=…] [PROFILE=quick|standard|gpu|cluster] [PARAMS=\"a=1 b=two\"]"
@@ -62,6 +64,9 @@ serve: book ## build, then read at http://localhost:8000 (PORT=8000)
 	@echo "http://localhost:$(PORT)/  (Ctrl-C stops)"
 	@$(PY) -m http.server --bind 127.0.0.1 --directory build/html $(PORT)
 
+models: setup ## fetch the pretrained model: 93 MB, then 0.6 GB in ~/.cache (PROOF_AND_PROBE_CACHE); MODELS=org/name
+	@exec $(PY) -m lib.models.pretrained $$MODELS
+
 lint: setup ## check style: names, imports, layout
 	$(PY) -m ruff check .
 
@@ -79,8 +84,13 @@ install:
 	  echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); this book needs Python 3.11 or later: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, about 1.7 GB and 2 to 6 minutes."
+	@echo "Setting up $(VENV): once, about 1.9 GB and 2 to 6 minutes."
 	@rm -f $(MADE_FROM)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@$(INPUTS) > $(MADE_FROM)
+# Tried once, and missed by nothing but the pages that use it: without it they say so. PRETRAINED=no skips it.
+	@test "$$PRETRAINED" = no || { \
+	  echo "Fetching the pretrained model: 93 MB, then 0.6 GB outside this folder. make PRETRAINED=no goes without."; \
+	  $(PY) -m lib.models.pretrained; } || \
+	  echo "The book goes on without the pretrained model, and its pages say so. Later: make models" >&2

@@ -57,6 +57,20 @@ def fingerprint(layout: Layout, chapter: Chapter, parameters: dict) -> dict[str,
     for path in sorted(files - {own}):
         if path.is_file() and not path.name.startswith("."):  # a lock beside the rows is no input
             found[path.relative_to(layout.root).as_posix()] = _hash(path.read_bytes())
+    return found | _models(chapter, parameters)
+
+
+def _models(chapter: Chapter, parameters: dict) -> dict[str, str]:
+    """Whether each model that the chapter measures is here; the content of a file named as a parameter."""
+    found = {}
+    if chapter.models:
+        from lib.models.pretrained import available  # here: it brings torch
+
+        found = {f"model {name}": "present" if available(name) else "absent" for name in chapter.models}
+    for name, value in parameters.items():
+        if isinstance(value, str) and Path(value).is_file():
+            with open(value, "rb") as file:
+                found[f"parameter {name}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

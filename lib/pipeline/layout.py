@@ -128,6 +128,14 @@ class Chapter:
         ]
 
     @property
+    def models(self) -> list[str]:
+        """Pretrained models of `lib.models.pretrained` that this chapter measures where they are present.
+
+        The notebook names them in its metadata: {"book": {"models": ["smollm2-135m"]}}.
+        """
+        return self.source.get("metadata", {}).get("book", {}).get("models", [])
+
+    @property
     def reads_claims(self) -> bool:
         return any(pattern.startswith("build/claims") for pattern in self.reads)
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.choices import DEVICES, PROFILES, check_choice, resolve_device
@@ -76,6 +77,7 @@ def plan(
     known = {c.name: parameters_of(c) for c in chosen}
     problems += _parameter_problems(chapter, known, given)
     problems += _spread(given, scheduler)
+    problems += _model(given)
     if "device" in given:
         problems += _device(str(given["device"]), check_machine=not problems)
     if chapter in known and "profile" not in known[chapter] and profile != PROFILES[0]:
@@ -108,6 +110,17 @@ def _spread(given: dict, scheduler: str) -> list[str]:
     if jobs != "auto" and (type(jobs) is not int or jobs < 1):
         problems.append(f"jobs={jobs!r}: runs at a time, a whole number from 1, or auto: the cores there are")
     return problems
+
+
+def _model(given: dict) -> list[str]:
+    """Make the path of a model absolute, since kernels start elsewhere; told: a path that leads nowhere."""
+    name = str(given.get("model", ""))
+    path = Path(name).expanduser()
+    if name and path.exists():
+        given["model"] = str(path.resolve())
+    elif path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
+        return [f"model={name}: no such file or folder, looked for from {Path.cwd()}"]
+    return []
 
 
 def _is_address(scheduler: str) -> bool:

@@ -57,6 +57,19 @@ def test_parameters_are_part_of_the_key(toy):
     assert cache.changed(prints(toy), prints(toy, parameters={"n": 4})) == ["parameters"]
 
 
+def test_a_file_named_as_a_parameter_counts_by_its_content_and_a_model_by_its_presence(toy, monkeypatch):
+    weights = toy.root / "mine.gguf"
+    weights.write_bytes(b"one")
+    before = prints(toy, parameters={"model": str(weights)})
+    weights.write_bytes(b"two")
+    assert cache.changed(before, prints(toy, parameters={"model": str(weights)})) == ["parameter model"]
+    edit_notebook(toy, lambda nb: nb.metadata.update(book={"models": ["smollm2-135m"]}))
+    monkeypatch.setattr("lib.models.pretrained.available", lambda name: False)
+    absent = prints(toy)
+    monkeypatch.setattr("lib.models.pretrained.available", lambda name: True)
+    assert cache.changed(absent, prints(toy)) == ["model smollm2-135m"]
+
+
 def test_where_runs_happen_is_not_part_of_the_key(toy):
     assert prints(toy, parameters={"n": 4, "jobs": 8, "backend": "dask"}) == prints(toy, parameters={"n": 4})
 

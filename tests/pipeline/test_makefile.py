@@ -57,6 +57,7 @@ def test_make_alone_lists_every_target_and_creates_nothing(checkout):
         "bench",
         "provenance",
         "serve",
+        "models",
         "lint",
         "clean",
     }
@@ -113,6 +114,24 @@ def test_touching_the_requirements_installs_nothing_and_changing_them_does(ready
     assert sum("pip|install" in call for call in calls(ready)) == 1
     make(ready, "lint")
     assert sum("pip|install" in call for call in calls(ready)) == 1
+
+
+def test_an_installation_tries_the_pretrained_model_once_and_goes_on_without_it(checkout):
+    log = f'printf "%s|" "$@" >> {checkout}/calls; echo >> {checkout}/calls'
+    script(checkout / ".venv/bin/python", f'{log}\n[ "$2" != lib.models.pretrained ]')
+    for target in ("install", "setup", "lint"):
+        done = make(checkout, target)
+        assert done.returncode == 0
+        assert ("Later: make models" in done.stderr) == (target == "install")
+    assert calls(checkout).count("-m|lib.models.pretrained|") == 1
+    assert make(checkout, "models").returncode != 0, "asked for by name, a failure is one"
+
+
+def test_the_pretrained_model_can_be_left_out_or_another_one_fetched(ready):
+    assert make(ready, "install", "PRETRAINED=no").returncode == 0
+    assert not any("pretrained" in call for call in calls(ready))
+    make(ready, "models", "MODELS=a/b c/d")
+    assert calls(ready)[-1] == "-m|lib.models.pretrained|a/b|c/d|"
 
 
 def test_what_a_reader_types_arrives_as_typed(ready):

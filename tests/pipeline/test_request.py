@@ -175,6 +175,18 @@ def test_only_what_differs_from_the_chapter_is_injected(toy):
     assert job.parameters == {"profile": "standard", "n": 3.0}
 
 
+def test_the_path_of_a_model_is_made_absolute_and_must_lead_somewhere(toy, monkeypatch):
+    toy.chapter("one", ["1"], parameters='model = "auto"')
+    monkeypatch.chdir(toy.root)
+    toy.write("mine.gguf", "weights")
+    (job,) = plan(toy.layout, chapter="one", profile="quick", params="model=mine.gguf")
+    assert job.parameters["model"] == str(toy.root / "mine.gguf")
+    (job,) = plan(toy.layout, chapter="one", profile="quick", params="model=org/name")
+    assert job.parameters["model"] == "org/name"
+    (found,) = problems(toy, chapter="one", params="model=other.gguf")
+    assert found == f"model=other.gguf: no such file or folder, looked for from {toy.root}"
+
+
 def test_a_page_of_the_contents_that_is_no_file_is_a_mistake(toy):
     (toy.root / "book/two.ipynb").unlink()
     assert "'book/two'" in problems(toy)[0]
