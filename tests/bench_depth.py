@@ -67,7 +67,7 @@ def rows(
     one = "one full pass each"
     return [
         (f"{what}, T = {T}", "skips/s", ours, plain, one, ">= 3"),
-        (f"{what}, output at the last token", "skips/s", no_output, plain, one, ""),
+        (f"{what}, output at the last token", "skips/s", no_output, plain, f"{one}, all outputs", ""),
         (f"depth suite, {named}, as full passes", "tokens·layers/s", [of_suite], [of_passes], one, ""),
     ]
 
