@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lib.figures import COLOURS, LINES, MARKERS, Figure, curve_with_band, style
 from lib.metrics.intervals import bootstrap
@@ -18,6 +19,13 @@ from lib.metrics.intervals import bootstrap
 def look(i: int) -> dict:
     """Colour, marker and line style number i: each repeats what the others say."""
     return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": LINES[i]}
+
+
+def plain_ticks(ax) -> None:
+    """1, 2, 5, 10, ... on a logarithmic vertical axis, in plain numbers."""
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 @style()
@@ -44,6 +52,8 @@ def per_layer(
     ax.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
     if ylim:
         ax.set(ylim=ylim)
+    if log:
+        plain_ticks(ax)
     fig.legend(loc="outside upper center", ncols=2)
     return Figure(fig, finding, f"Lines over layers of the {ylabel}: {'; '.join(said)}.")
 

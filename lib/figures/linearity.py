@@ -19,35 +19,39 @@ from lib.metrics.intervals import bootstrap
 
 @style()
 def two_scores(trained: pd.DataFrame, untrained: pd.DataFrame, name: str) -> Figure:
-    """The published score over its floor, and what is left of it without the residual.
+    """What the published score leaves unexplained beside what it may, and the score without the residual.
 
-    trained, untrained: columns layer, with_residual, floor (1 - r^2), without, lo, hi (of `without`).
+    trained, untrained: columns layer, with_residual, ratio (r), without, lo, hi (of `without`).
     """
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 5.6), sharex=True)
-    x = trained["layer"]
-    top.fill_between(x, trained["floor"], 1, color=COLOURS[4], alpha=0.25, linewidth=0)
-    top.plot(x, trained["floor"], color=COLOURS[4], marker="", linestyle=LINES[1], label="floor $1-r^2$")
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 6.0), sharex=True)
+    x, least = trained["layer"], 1e-5  # below lies nothing but rounding
+    most = (trained["ratio"] ** 2).clip(least, 1)
+    top.fill_between(x, least, most, color=COLOURS[4], alpha=0.25, linewidth=0)
+    top.plot(x, most, color=COLOURS[4], marker="", linestyle=LINES[1], label="at most, $r^2$")
     for i, (label, rows) in enumerate({"trained": trained, "untrained": untrained}.items()):
-        top.plot(rows["layer"], rows["with_residual"], label=label, markevery=3, **look(i))
+        left = (1 - rows["with_residual"]).clip(lower=least)
+        top.plot(rows["layer"], left, label=label, markevery=3, **look(i))
         curve_with_band(bottom, rows["layer"], rows["without"], rows["lo"], rows["hi"], markevery=3,
                         **look(i))  # fmt: skip
-    lowest = min(trained["floor"].min(), untrained["with_residual"].min())
-    top.set(ylabel="with the residual", ylim=(max(0, lowest - 0.08), 1.02))
-    bottom.set(ylabel="without the residual", ylim=(-0.03, 1.03), xlabel="layer")
+    top.axhline(0.01, color="black", linestyle=":", linewidth=1.2)
+    top.text(1.01, 0.01, "0.99", transform=top.get_yaxis_transform(), va="center", fontsize=10.5)
+    top.set(ylabel="1 - score with residual", yscale="log", ylim=(least, 1.3))
+    bottom.set(ylabel="score without residual", ylim=(-0.03, 1.03), xlabel="layer")
     fig.legend(loc="outside upper center", ncols=3)
-    middle = {key: trained[key].median() for key in ("with_residual", "floor", "without")}
+    middle = {key: trained[key].median() for key in ("with_residual", "ratio", "without")}
     caption = (
-        f"{name}, layer by layer. Above: the published score, median {middle['with_residual']:.3f}; any "
-        f"layer with steps of this length scores at least the dashed floor, median {middle['floor']:.3f}, "
-        f"whatever it computes; untrained, {untrained['with_residual'].median():.3f}. Below: what "
-        f"a linear map explains of what the layer *adds*, held-out, median {middle['without']:.2f} "
-        f"(untrained {untrained['without'].median():.2f}). Bands: 95 % jackknife over groups of text."
+        f"{name}, layer by layer. Above: what the published score leaves unexplained (median score "
+        f"{middle['with_residual']:.3f}; untrained {untrained['with_residual'].median():.3f}). However "
+        "non-linear, a layer with steps of this length cannot leave more than the dashed line, a score of "
+        f"{1 - middle['ratio'] ** 2:.3f} at the median step. Below: what a linear map explains of what the "
+        f"layer *adds*, held-out, median {middle['without']:.2f} (untrained "
+        f"{untrained['without'].median():.2f}). Bands: 95 % jackknife over groups of text."
     )
     alt = (
-        f"Two panels over {len(trained)} layers. Above, scores with the residual between "
-        f"{trained['with_residual'].min():.2f} and {trained['with_residual'].max():.2f}, over a shaded "
-        f"floor. Below, scores without it, from {trained['without'].min():.2f} to "
-        f"{trained['without'].max():.2f}."
+        f"Two panels over {len(trained)} layers. Above, on a logarithmic axis, one minus the score with the "
+        f"residual, from {1 - trained['with_residual'].max():.5f} to "
+        f"{1 - trained['with_residual'].min():.2f}, under a dashed bound. Below, scores without the "
+        f"residual, from {trained['without'].min():.2f} to {trained['without'].max():.2f}."
     )
     return Figure(fig, caption, alt)
 

@@ -14,7 +14,7 @@ from lib.metrics.depth import (
     relative_contributions,
     sublayer_cosines,
 )
-from lib.metrics.depth.contributions import walk
+from lib.metrics.depth.contributions import random_walk_ratio, walk
 from lib.metrics.depth.pooled import Pool, relative
 from lib.models import pretrained
 from lib.models.transformer import Transformer, TransformerConfig
@@ -241,3 +241,17 @@ def test_the_taps_of_smollm2_give_finite_contributions_that_are_small_in_the_mid
     middle = ratios.layer.median[0]
     assert ratios.layer.mean.shape == (1, 30) and middle[0] > 4 * middle[15] > 0
     assert cosines.neighbours.median[0, 5:-2].min() > 0.7  # measured: 0.78 at layer 24
+
+
+def test_random_steps_shrink_relative_to_the_stream_as_the_null_model_says():
+    """In high dimension random directions are nearly orthogonal: no expectation is needed."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(13, 100_000, generator=generator, dtype=torch.float64)
+    steps = steps / steps.norm(dim=1, keepdim=True)
+    stream = 3 * steps[0]
+    for l, step in enumerate(steps[1:]):
+        expected = random_walk_ratio(l, embedding=3, contribution=1)
+        assert float(step.norm() / stream.norm()) == pytest.approx(expected, rel=0.02)
+        stream = stream + step
+    with pytest.raises(ValueError, match="a stream that is not 0"):
+        random_walk_ratio(0, embedding=0, contribution=1)

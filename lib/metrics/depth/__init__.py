@@ -4,6 +4,7 @@ from lib.metrics.depth.contributions import (
     Contributions,
     Cosines,
     contributions_and_cosines,
+    random_walk_ratio,
     relative_contributions,
     sublayer_cosines,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "logit_lens",
     "mean_residual",
     "order_effects",
+    "random_walk_ratio",
     "relative_contributions",
     "residual_erasure",
     "skip_effects",

@@ -11,6 +11,7 @@ Source: Csordás, Manning and Potts 2025 (facts C.1 #1, #2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,23 @@ class Cosines:
     mlp: PerPrompt  # cos(m_l, h_l + a_l)
     layer: PerPrompt  # cos(a_l + m_l, h_l)
     neighbours: PerPrompt  # cos(h_l, h_{l+1})
+
+
+def random_walk_ratio(l: int, *, embedding: float, contribution: float) -> float:
+    """Relative contribution at layer l of a stream that takes random steps: contribution / root mean square
+    of h_l, where h_0 has norm `embedding` and every step, uncorrelated with the others, norm `contribution`.
+
+    sigma / sqrt(sigma_0^2 + l sigma^2): falls as 1 / sqrt(l) without training. Derived (the null model).
+
+    >>> [round(random_walk_ratio(l, embedding=2, contribution=1), 3) for l in (0, 5, 12)]
+    [0.5, 0.333, 0.25]
+    """
+    if l < 0 or not embedding >= 0 or not contribution > 0 or embedding == l == 0:
+        raise ValueError(
+            "need l >= 0, embedding >= 0 and contribution > 0 (and a stream that is not 0), "
+            f"got {l}, {embedding}, {contribution}"
+        )
+    return contribution / math.sqrt(embedding**2 + l * contribution**2)
 
 
 def relative_contributions(
