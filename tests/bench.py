@@ -8,6 +8,7 @@ wrong answer ends the bench: only right ones are timed. Figures vary with machin
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from lib.evidence.rows import RowStore
 from lib.experiments.composition import CompositionSettings, train_composition
 from lib.experiments.verification import verify_composition
 from lib.metrics.bounds import largest_allowed_n
+from lib.models import pretrained
 from lib.models.transformer import Transformer
 from lib.optimizers import Optimizer
 from lib.paths import BUILD
@@ -87,11 +89,13 @@ def main() -> None:
 
     print(facts(), flush=True)
     book, rows = rendering(), []
-    for section in (bound_search, verification, training, sweeps):
+    for section in SECTIONS:
         rows += section(tell)
     print(f"\n{table([*rows, *book])}\n")
     if not book:
         print("No rendering is on record in build/run.json; `make book` makes one.")
+    if not pretrained.available("smollm2-135m"):
+        print("SmolLM2-135M is not on this machine: what needs it was not timed. `make models` fetches it.")
     took = f"The bench took {time.monotonic() - start:.0f} s."
     print(f"Rates are per second of CPU time, s and ms wall time, ratios ours / baseline in one turn. {took}")
 
@@ -371,6 +375,35 @@ def sweep_s(run: Callable[..., dict], settings: Mapping, *, runs: int, n_jobs: i
     if failed := [row["failed"] for row in rows if row.get("failed")]:
         raise AssertionError(f"a run failed: {failed[0]}")
     return took
+
+
+# ---- pretrained models, and the metrics for them: each in a file of its own --------------------------------
+
+
+def linearity_scores(tell: Callable[[str], None]) -> list[Row]:
+    return rows_of("bench_linearity", tell)
+
+
+def pretrained_models(tell: Callable[[str], None]) -> list[Row]:
+    """No row without SmolLM2."""
+    return rows_of("bench_pretrained", tell)
+
+
+def use_of_depth(tell: Callable[[str], None]) -> list[Row]:
+    """Without SmolLM2 on random weights of its shape, and the rows say so."""
+    return rows_of("bench_depth", tell)
+
+
+def rows_of(file: str, tell: Callable[[str], None]) -> list[Row]:
+    """What `rows` of that file, beside this one, finds."""
+    spec = importlib.util.spec_from_file_location(file, Path(__file__).with_name(f"{file}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tell(module.__doc__.splitlines()[0])
+    return [Row(*row) for row in module.rows(tell)]
+
+
+SECTIONS = (bound_search, verification, training, sweeps, linearity_scores, pretrained_models, use_of_depth)
 
 
 # ---- the book --------------------------------------------------------------------------------------------

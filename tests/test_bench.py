@@ -73,6 +73,19 @@ def test_a_build_that_rendered_nothing_has_no_row(tmp_path):
     assert (row.ours, row.unit) == ([21.5], "s") and "2026-01-02" in row.what
 
 
+def test_pretrained_models_have_sections_and_a_missing_one_is_told(tmp_path, monkeypatch, capsys):
+    own = [bench.linearity_scores, bench.pretrained_models, bench.use_of_depth]
+    assert list(bench.SECTIONS[-3:]) == own
+    monkeypatch.setenv("PROOF_AND_PROBE_CACHE", str(tmp_path))  # where no model is
+    monkeypatch.setattr(bench, "SECTIONS", (bench.pretrained_models,))
+    monkeypatch.setattr(bench, "rendering", list)
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda n: None)  # other tests keep theirs
+    bench.main()
+    printed = capsys.readouterr()
+    assert "what needs it was not timed. `make models` fetches it" in printed.out
+    assert "tokens/s" not in printed.out and "not on this machine: make models" in printed.err
+
+
 @pytest.mark.slow
 def test_a_timed_sweep_records_each_run_and_a_failed_one_is_not_timed():
     tiny = {**bench.TINY, "steps": 2}

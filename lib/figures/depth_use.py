@@ -17,11 +17,10 @@ def skip_matrices(now: np.ndarray, later: np.ndarray, finding: str) -> Figure:
     """Effects E[s, l] of skipping layer s on layer l > s, (L, L): at all tokens; at future tokens only."""
     fig, axes = plt.subplots(2, 1, figsize=(4.6, 8.2), sharex=True)
     L = len(now)
-    top = max(float(np.quantile(m[np.triu_indices(L, 1)], 0.99)) for m in (now, later))
     names = ("all tokens", "future tokens only")
     for ax, matrix, name in zip(axes, (now, later), names, strict=True):
         shown = np.where(np.triu(np.ones_like(matrix), 1) > 0, matrix, np.nan)
-        image = ax.imshow(shown, cmap="cividis_r", vmin=0, vmax=top, interpolation="nearest")
+        image = ax.imshow(shown, cmap="cividis_r", vmin=0, vmax=1, interpolation="nearest")
         ax.grid(False)
         ax.set(ylabel="layer skipped", title=name)
     axes[-1].set(xlabel="layer looked at")
@@ -30,7 +29,7 @@ def skip_matrices(now: np.ndarray, later: np.ndarray, finding: str) -> Figure:
     halves = _halves(now), _halves(later)
     alt = (
         f"Two triangles of {L} by {L} squares, darker where skipping changes a later layer more. Means, "
-        f"early skipped and late skipped: all tokens {halves[0][0]:.2f} and {halves[0][1]:.2f}; "
+        f"first half skipped and second half skipped: all tokens {halves[0][0]:.2f} and {halves[0][1]:.2f}; "
         f"future tokens {halves[1][0]:.2f} and {halves[1][1]:.2f}."
     )
     return Figure(fig, finding, alt)
@@ -83,7 +82,7 @@ def against_difficulty(
 
 @style()
 def stitched(errors: np.ndarray, finding: str, *, source: str, target: str) -> Figure:
-    """Held-out relative error of the best linear map from each point of one model to each of another.
+    """What the best linear map from each point of one model to each of another leaves unexplained, held-out.
 
     errors: (M + 1, L + 1), rows the source's residual streams. The best row of each column is marked.
     """
@@ -95,8 +94,9 @@ def stitched(errors: np.ndarray, finding: str, *, source: str, target: str) -> F
             markeredgecolor="black", markersize=6)  # fmt: skip
     relative = np.arange(errors.shape[1]) * (len(errors) - 1) / (errors.shape[1] - 1)
     ax.plot(range(errors.shape[1]), relative, color=COLOURS[1], linestyle="--", marker="")
-    ax.set(xlabel=f"residual stream of {target}", ylabel=f"of {source}")
-    fig.colorbar(image, ax=ax, location="bottom", shrink=0.9, aspect=30).set_label("held-out relative error")
+    ax.set(xlabel=f"residual stream of {target}", ylabel=f"of {source}", yticks=range(len(errors)))
+    bar = fig.colorbar(image, ax=ax, location="bottom", shrink=0.9, aspect=30)
+    bar.set_label("share left unexplained, 1 - R²")
     alt = (
         f"Matrix of {errors.shape[0]} by {errors.shape[1]} errors from {errors.min():.2f} to "
         f"{errors.max():.2f}. White dots mark the best row of each column: {', '.join(map(str, best))}; the "
