@@ -1,4 +1,7 @@
-"""Softmax attention with grouped query heads and rotary positions: a sublayer of `lib.models.transformer`."""
+"""Softmax attention with grouped query heads and rotary positions: a sublayer of `lib.models.transformer`.
+
+Also `lib.models.dcmha.DCMHA` in the same place.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lib.models.dcmha import DCMHA, rotate, rotation
+
 if TYPE_CHECKING:
     from lib.models.transformer import TransformerConfig
 
@@ -15,13 +20,15 @@ if TYPE_CHECKING:
 class Attention(nn.Module):
     """Softmax attention, scores scaled by 1/√d, with grouped query heads and rotary positions."""
 
-    def __init__(self, c: TransformerConfig):
+    def __init__(self, c: TransformerConfig, *, window: int | None = None):
         super().__init__()
-        self.config, bias = c, c.attention_bias
+        self.config, self.window, bias = c, window, c.attention_bias
         self.W_Q = nn.Linear(c.d_model, c.n_heads * c.head_width, bias=bias)
         self.W_K = nn.Linear(c.d_model, c.kv_heads * c.head_width, bias=bias)
         self.W_V = nn.Linear(c.d_model, c.kv_heads * c.head_width, bias=bias)
         self.W_O = nn.Linear(c.n_heads * c.head_width, c.d_model, bias=bias)
+        self.q_norm = nn.RMSNorm(c.head_width, eps=1e-6) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_width, eps=1e-6) if c.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None, rows, explicit: bool
@@ -31,16 +38,21 @@ class Attention(nn.Module):
         q = self.W_Q(x if rows is None else x[:, rows]).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, H, R, d)
         k = self.W_K(x).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, H_kv, T, d)
         v = self.W_V(x).unflatten(-1, (-1, d)).transpose(1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
-            cos, sin = rotation(T, d, base=c.rope_base, like=x)  # (T, d/2)
+            cos, sin = rotation(torch.arange(T, device=x.device), d, base=c.rope_base, like=x)  # (T, d/2)
             q = rotate(q, cos, sin) if rows is None else rotate(q, cos[rows], sin[rows])
             k = rotate(k, cos, sin)
         if c.kv_heads != c.n_heads:  # head i reads key/value head i // group
             k, v = (x.repeat_interleave(c.n_heads // c.kv_heads, dim=1) for x in (k, v))
 
         causal = c.causal and mask is None
-        if causal and (explicit or rows is not None):
+        if causal and (explicit or rows is not None or self.window):
             mask, causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(), False
+        if self.window is not None:
+            near = torch.ones(T, T, dtype=torch.bool, device=x.device)
+            near = near.tril(self.window - 1).triu(1 - self.window)  # window keys, the query itself included
+            mask = near if mask is None else mask & near
         if mask is not None:
             mask = mask if rows is None else mask[..., rows, :]
             mask = mask.unsqueeze(-3)  # over heads
@@ -55,14 +67,19 @@ class Attention(nn.Module):
         return self.W_O(mix.transpose(1, 2).flatten(2)), weight
 
 
-def rotation(T: int, d: int, *, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, d/2) of the angles t · base^(−2j/d), position t, pair j; dtype and device of `like`."""
-    speed = base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * speed  # float64: exact enough at any position
-    return angle.cos().to(like), angle.sin().to(like)
+class ComposedAttention(DCMHA):
+    """DCMHA with the shape that a `TransformerConfig` gives it, called as `Attention` is."""
 
+    def __init__(self, c: TransformerConfig, *, window: int | None = None):
+        super().__init__(
+            c.d_model, c.n_heads, rank=c.dc_rank, pre=c.dc_pre, post=c.dc_post, query_side=c.dc_query_side,
+            key_side=c.dc_key_side, gates=c.dc_gates, static=c.dc_static, window=window, causal=c.causal,
+            qk_norm=c.qk_norm, rope=c.rope_base if c.positions == "rope" else None, d_head=c.head_width,
+            n_kv_heads=c.kv_heads, bias=c.attention_bias,
+        )  # fmt: skip
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (…, T, d), in the half-split order of Llama: coordinate j turns with coordinate j + d/2."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None, rows, explicit: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) -> out (B, R, D) and, if explicit, the composed weights (B, H, R, T)."""
+        return self.attend(x, mask=mask, rows=rows, computation="reference" if explicit else "fast")

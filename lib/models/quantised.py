@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.models.attention import rotate, rotation
+from lib.models.dcmha import rotate, rotation
 from lib.models.transformer import Transformer, TransformerConfig
 
 EXACT = 2**53  # float64 holds every integer up to here
@@ -70,15 +70,17 @@ class QuantisedDecoder:
     """A causal Transformer with integer accumulators in place of the softmax; it is read at the last token.
 
     top, step: (L, H) constants of the heads, as in the module's formula; `quantise` finds them on examples.
-    longest: the most tokens of a prompt; it fixes p. Refused: encoders, and MLPs other than ReLU.
+    longest: the most tokens of a prompt; it fixes p. Refused: encoders, MLPs other than ReLU, attention
+    that is not plain.
     """
 
     def __init__(self, model: Transformer, precision: Precision, *, longest: int, top: Tensor, step: Tensor):
         c = model.config
-        if not c.causal or c.activation != "relu":
+        if not c.causal or c.activation != "relu" or not c.plain:
             raise ValueError(
-                "the protocol needs a decoder, and exact sums need ReLU: causal=True, activation='relu'; got "
-                f"causal={c.causal}, activation={c.activation!r}")
+                "the protocol needs a decoder, exact sums ReLU: causal=True, activation='relu', plain "
+                f"attention; got causal={c.causal}, activation={c.activation!r}, attention={c.attention!r}, "
+                f"qk_norm={c.qk_norm}, windows={c.windows}")
         shape = (c.n_layers, c.n_heads)
         if top.shape != shape or step.shape != shape or not (step > 0).all():
             raise ValueError(
@@ -223,7 +225,8 @@ class QuantisedDecoder:
     def _turned(self, x: Tensor, block: Block) -> Tensor:
         if self.config.positions != "rope":
             return x
-        cos, sin = rotation(self.longest, self.config.head_width, base=self.config.rope_base, like=x)
+        at = torch.arange(self.longest, device=x.device)
+        cos, sin = rotation(at, self.config.head_width, base=self.config.rope_base, like=x)
         return rotate(x, cos[block.places], sin[block.places])
 
     def _linear(self, W: torch.nn.Linear, x: Tensor, *, digits: int | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.choices import check_choice
-from lib.models.attention import Attention
+from lib.models.attention import Attention, ComposedAttention
 from lib.models.inputs import check_mask, check_rows, check_tokens
 from lib.models.interventions import (
     Erase,
@@ -37,6 +38,7 @@ from lib.models.interventions import (
     check_interventions,
     swapped_order,
 )
+from lib.models.mlp import MLP
 
 __all__ = ["Erase", "Replace", "Skip", "Swap", "Trace", "Transformer", "TransformerConfig"]
 
@@ -44,7 +46,7 @@ CHOICES = {
     "norm": ("none", "layer", "rms"),
     "activation": ("relu", "gelu", "swiglu"),
     "positions": ("none", "learned", "rope"),
-    "attention": ("mha",),
+    "attention": ("mha", "dcmha"),
     "attention_kernel": ("sdpa", "explicit"),
 }
 INITS = ("default", "zeros")
@@ -64,7 +66,7 @@ class TransformerConfig:
     n_layers: int = 2
     d_head: int | None = None  # None: d_model / n_heads
     n_kv_heads: int | None = None  # None: n_heads. Query head i reads kv head i // (n_heads / n_kv_heads)
-    d_mlp: int | None = None  # None: 4 d_model
+    d_mlp: int | None = None  # None: 4 d_model. 0: attention-only layers
     n_logits: int | None = None  # None: vocab. Fewer when the answers are a smaller set than the inputs
     norm: str = "rms"  # none | layer | rms
     norm_scale: bool = True  # a learned scale (and, for "layer", a learned shift)
@@ -79,20 +81,40 @@ class TransformerConfig:
     mlp_bias: bool = True  # on the hidden units: W_1 (and W_gate)
     mlp_output_bias: bool = False  # on W_2
     readout_bias: bool = False
-    attention: str = "mha"
-    attention_kernel: str = "sdpa"  # sdpa: torch's fused softmax attention | explicit: written out
+    attention: str = "mha"  # | dcmha: heads composed per query and key, lib.models.dcmha
+    attention_kernel: str = "sdpa"  # sdpa: torch's fused softmax attention (or DCMHA's fast one) | explicit
+    qk_norm: bool = False  # RMSNorm, with a scale, of queries and keys over the head width
+    windows: tuple[int | None, ...] = (None,)  # keys a query reads, by layer, repeated: (256, None) is "LG"
+    dc_rank: int = 2  # this and the following: the switches of lib.models.dcmha.DCMHA
+    dc_pre: bool = True
+    dc_post: bool = True
+    dc_query_side: bool = True
+    dc_key_side: bool = True
+    dc_gates: bool = True
+    dc_static: bool = False
 
     def __post_init__(self):
         for kind, allowed in CHOICES.items():
             check_choice(kind, getattr(self, kind), allowed)
-        for name in ("vocab", "d_model", "n_heads", "n_layers"):
+        for name in ("vocab", "d_model", "n_heads", "n_layers", "dc_rank"):
             _check_count(name, getattr(self, name))
         for name in ("d_head", "n_kv_heads", "d_mlp", "n_logits", "max_tokens"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                _check_count(name, getattr(self, name), least=0 if name == "d_mlp" else 1)
         for name in ("norm_eps", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        object.__setattr__(self, "windows", tuple(self.windows))  # JSON brings a list
+        if not self.windows:
+            raise ValueError("windows must name at least one layer's: (None,) is no window anywhere")
+        for window in self.windows:
+            if window is not None:
+                _check_count("a window", window)
+        if self.attention == "dcmha" and not (self.dc_query_side or self.dc_key_side or self.dc_static):
+            raise ValueError(
+                "attention='dcmha' composes nothing without dc_query_side, dc_key_side or dc_static; "
+                "set one of them, or attention='mha'"
+            )
         D, H = self.d_model, self.n_heads
         if self.d_head is None and D % H:
             raise ValueError(
@@ -127,11 +149,16 @@ class TransformerConfig:
 
     @property
     def mlp_width(self) -> int:
-        return self.d_mlp or 4 * self.d_model
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
 
     @property
     def n_out(self) -> int:
         return self.n_logits or self.vocab
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention is softmax attention and nothing else: no composition, QK norm or window."""
+        return self.attention == "mha" and not self.qk_norm and set(self.windows) == {None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +217,7 @@ class Transformer(nn.Module):
             self.embedding = nn.Embedding(c.vocab, c.d_model)
             if c.positions == "learned":
                 self.position = nn.Embedding(c.max_tokens, c.d_model)
-            self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
+            self.layers = nn.ModuleList(Layer(c, l) for l in range(c.n_layers))
             self.norm = _norm(c)
             if not c.tied:
                 self.W_U = nn.Linear(c.d_model, c.n_out, bias=False)
@@ -201,12 +228,16 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _draw(self, generator: torch.Generator, init: str) -> None:
         for name, weight in self.named_parameters():
-            if weight.dim() == 1:  # biases, and the norms' scale and shift
+            if part := re.fullmatch(r"(layers\.\d+\.attention)\.((?:pre|post)\..*)", name):
+                std = self.get_submodule(part[1]).init_std(part[2]) if init == "default" else 0.0
+                weight.normal_(0.0, std, generator=generator)
+            elif weight.dim() == 1:  # biases, and the norms' scale and shift
                 weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif init == "zeros":
                 weight.zero_()
             else:
-                std = 0.5 if name in ("embedding.weight", "position.weight") else weight.shape[1] ** -0.5
+                embedded = name in ("embedding.weight", "position.weight")
+                std = 0.5 if embedded else max(weight.shape[1], 1) ** -0.5
                 if name.endswith(("W_O.weight", "W_2.weight")):
                     std /= math.sqrt(2 * self.config.n_layers)
                 weight.normal_(0.0, std, generator=generator)
@@ -330,28 +361,11 @@ class Transformer(nn.Module):
 class Layer(nn.Module):
     """Two sublayers, each behind its norm."""
 
-    def __init__(self, c: TransformerConfig):
+    def __init__(self, c: TransformerConfig, l: int):
         super().__init__()
-        self.attention_norm, self.attention = _norm(c), Attention(c)
+        kind = Attention if c.attention == "mha" else ComposedAttention
+        self.attention_norm, self.attention = _norm(c), kind(c, window=c.windows[l % len(c.windows)])
         self.mlp_norm, self.mlp = _norm(c), MLP(c)
-
-
-class MLP(nn.Module):
-    """W_2 f(W_1 x + b_1), f = ReLU or GELU; SwiGLU: W_2 (silu(W_gate x) * W_1 x). Biases as configured."""
-
-    def __init__(self, c: TransformerConfig):
-        super().__init__()
-        self.activation = c.activation
-        if c.activation == "swiglu":
-            self.W_gate = nn.Linear(c.d_model, c.mlp_width, bias=c.mlp_bias)
-        self.W_1 = nn.Linear(c.d_model, c.mlp_width, bias=c.mlp_bias)
-        self.W_2 = nn.Linear(c.mlp_width, c.d_model, bias=c.mlp_output_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            return self.W_2(nn.functional.silu(self.W_gate(x)) * self.W_1(x))
-        f = torch.relu if self.activation == "relu" else nn.functional.gelu
-        return self.W_2(f(self.W_1(x)))
 
 
 def _norm(c: TransformerConfig) -> nn.Module:
@@ -367,9 +381,9 @@ def _keep(kept: dict[str, list[Tensor]], rows, **taps: Tensor | None) -> None:
             kept[name].append(x if rows is None else x[..., rows, :])  # tokens are the axis before the last
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _divisors(n: int) -> str:

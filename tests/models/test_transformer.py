@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lib.models.attention import rotate, rotation
+from lib.models.dcmha import rotate, rotation
 from lib.models.transformer import Replace, Skip, Swap
 
 B, T, D, H, L, V = 2, 5, 6, 4, 2, 7
@@ -124,7 +124,7 @@ def test_rope_knows_relative_positions_only(positions, relative, make):
 
 
 def test_rope_pairs_coordinate_j_with_j_plus_half():
-    cos, sin = rotation(3, 4, base=100.0, like=torch.zeros(1, dtype=torch.float64))
+    cos, sin = rotation(torch.arange(3), 4, base=100.0, like=torch.zeros(1, dtype=torch.float64))
     x = torch.eye(4, dtype=torch.float64)[:, None].expand(4, 3, 4)  # each coordinate alone, at 3 positions
     angle = torch.tensor([2.0, 2.0 * 100 ** (-1 / 2)], dtype=torch.float64)
     at_2 = rotate(x, cos, sin)[:, 2]

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lib.metrics.depth.contributions import walk
 from lib.metrics.depth.pooled import full, norms
-from lib.models.attention import rotate, rotation
+from lib.models.dcmha import rotate, rotation
 from lib.models.transformer import Transformer
 
 
@@ -64,7 +64,7 @@ def run_layer(
     """
     if not branches:
         return _sum(model.run_layer(l, parents)), []
-    if not share or model.config.attention != "mha":
+    if not share or not model.config.plain:
         whole = [torch.cat([parents[b.parent, : b.start], b.h], dim=1) for b in branches]
         out = [_sum(model.run_layer(l, x))[:, b.start :] for x, b in zip(whole, branches, strict=True)]
         return _sum(model.run_layer(l, parents)) if parents_too else None, out
@@ -75,7 +75,8 @@ def run_layer(
     first = 0 if parents_too else parents.shape[0] * parents.shape[1]  # queries and outputs from here on
     x, attention = layer.attention_norm(flat), layer.attention
     T = max(b.start + b.h.shape[1] for b in branches)
-    cos_sin = rotation(T, c.head_width, base=c.rope_base, like=x) if c.positions == "rope" else None
+    at = torch.arange(T, device=x.device)
+    cos_sin = rotation(at, c.head_width, base=c.rope_base, like=x) if c.positions == "rope" else None
     starts, active = [0, *(b.start for b in branches)], pieces if parents_too else pieces[1:]
     q = _heads(attention.W_Q(x[first:]), active, starts[-len(active) :], c.head_width, cos_sin)
     k = _heads(attention.W_K(x), pieces, starts, c.head_width, cos_sin)
