@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.models.dcmha import DCMHA, rotate, rotation
+from lib.models.inputs import band
 
 if TYPE_CHECKING:
     from lib.models.transformer import TransformerConfig
@@ -50,8 +51,7 @@ class Attention(nn.Module):
         if causal and (explicit or rows is not None or self.window):
             mask, causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(), False
         if self.window is not None:
-            near = torch.ones(T, T, dtype=torch.bool, device=x.device)
-            near = near.tril(self.window - 1).triu(1 - self.window)  # window keys, the query itself included
+            near = band(T, self.window, x.device)
             mask = near if mask is None else mask & near
         if mask is not None:
             mask = mask if rows is None else mask[..., rows, :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,26 @@ def check_tokens(tokens: Tensor, *, vocab: int, max_tokens: int | None) -> None:
         raise ValueError(f"{T} tokens are too many; the model takes at most max_tokens={max_tokens}")
 
 
-def check_mask(mask: Tensor | None, *, B: int, T: int) -> None:
-    """ValueError unless mask is None or bool (T, T) or (B, T, T) with something to read in every row."""
+def check_mask(mask: Tensor | None, *, B: int, T: int, windows: Iterable[int | None] = (None,)) -> None:
+    """ValueError unless mask is None or bool (T, T) or (B, T, T) with something to read in every row.
+
+    windows: of the layers; within each of them every row must find something to read.
+    """
     if mask is None:
         return
     if _dtype(mask) != torch.bool or tuple(mask.shape) not in ((T, T), (B, T, T)):
         raise ValueError(f"mask must be torch.bool ({T}, {T}) or ({B}, {T}, {T}); got {found(mask)}")
-    empty = ~mask.any(dim=-1)
-    if empty.any():
-        row = empty.nonzero()[0].tolist()
-        raise ValueError(f"mask row {row} may read nothing; let it read itself at least")
+    for window in set(windows):
+        empty = ~(mask if window is None else mask & band(T, window, mask.device)).any(dim=-1)
+        if empty.any():
+            within = "" if window is None else f" within the window of {window}"
+            row = empty.nonzero()[0].tolist()
+            raise ValueError(f"mask row {row} may read nothing{within}; let it read itself at least")
+
+
+def band(T: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool: the `window` keys up to a query, itself included, and as many from it on."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril(window - 1).triu(1 - window)
 
 
 def check_rows(rows: slice | Tensor | None, *, T: int) -> None:

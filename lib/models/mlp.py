@@ -27,3 +27,10 @@ class MLP(nn.Module):
             return self.W_2(nn.functional.silu(self.W_gate(x)) * self.W_1(x))
         f = torch.relu if self.activation == "relu" else nn.functional.gelu
         return self.W_2(f(self.W_1(x)))
+
+
+class NoMLP(nn.Module):
+    """What stands in an attention-only layer: it adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)

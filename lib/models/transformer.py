@@ -21,7 +21,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from lib.models.interventions import (
     check_interventions,
     swapped_order,
 )
-from lib.models.mlp import MLP
+from lib.models.mlp import MLP, NoMLP
 
 __all__ = ["Erase", "Replace", "Skip", "Swap", "Trace", "Transformer", "TransformerConfig"]
 
@@ -105,16 +105,7 @@ class TransformerConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON brings a list
-        if not self.windows:
-            raise ValueError("windows must name at least one layer's: (None,) is no window anywhere")
-        for window in self.windows:
-            if window is not None:
-                _check_count("a window", window)
-        if self.attention == "dcmha" and not (self.dc_query_side or self.dc_key_side or self.dc_static):
-            raise ValueError(
-                "attention='dcmha' composes nothing without dc_query_side, dc_key_side or dc_static; "
-                "set one of them, or attention='mha'"
-            )
+        _check_attention(self)
         D, H = self.d_model, self.n_heads
         if self.d_head is None and D % H:
             raise ValueError(
@@ -236,8 +227,7 @@ class Transformer(nn.Module):
             elif init == "zeros":
                 weight.zero_()
             else:
-                embedded = name in ("embedding.weight", "position.weight")
-                std = 0.5 if embedded else max(weight.shape[1], 1) ** -0.5
+                std = 0.5 if name in ("embedding.weight", "position.weight") else weight.shape[1] ** -0.5
                 if name.endswith(("W_O.weight", "W_2.weight")):
                     std /= math.sqrt(2 * self.config.n_layers)
                 weight.normal_(0.0, std, generator=generator)
@@ -275,7 +265,7 @@ class Transformer(nn.Module):
             not torch.compiler.is_compiling()
         ):  # a compiled graph cannot read values: check one batch uncompiled
             check_tokens(tokens, vocab=self.config.vocab, max_tokens=self.config.max_tokens)
-            check_mask(mask, B=tokens.shape[0], T=tokens.shape[1])
+            check_mask(mask, B=tokens.shape[0], T=tokens.shape[1], windows=self.config.windows)
             check_rows(rows, T=tokens.shape[1])
         B, T, L = *tokens.shape[:2], self.config.n_layers
         edits = check_interventions(interventions, B=B, T=T, D=self.config.d_model, L=L)
@@ -319,7 +309,7 @@ class Transformer(nn.Module):
             raise ValueError(f"no layer {l}; allowed: 0 to {self.config.n_layers - 1}")
         if h.dim() != 3 or h.shape[-1] != self.config.d_model:
             raise ValueError(f"h must be (B, T, {self.config.d_model}), got {tuple(h.shape)}")
-        check_mask(mask, B=h.shape[0], T=h.shape[1])
+        check_mask(mask, B=h.shape[0], T=h.shape[1], windows=self.config.windows)
         layer = self.layers[l]
         explicit = self.config.attention_kernel == "explicit"
         a, _ = layer.attention(layer.attention_norm(h), mask=mask, rows=None, explicit=explicit)
@@ -365,7 +355,7 @@ class Layer(nn.Module):
         super().__init__()
         kind = Attention if c.attention == "mha" else ComposedAttention
         self.attention_norm, self.attention = _norm(c), kind(c, window=c.windows[l % len(c.windows)])
-        self.mlp_norm, self.mlp = _norm(c), MLP(c)
+        self.mlp_norm, self.mlp = (_norm(c), MLP(c)) if c.mlp_width else (nn.Identity(), NoMLP())
 
 
 def _norm(c: TransformerConfig) -> nn.Module:
@@ -379,6 +369,21 @@ def _keep(kept: dict[str, list[Tensor]], rows, **taps: Tensor | None) -> None:
     for name, x in taps.items():
         if name in kept:
             kept[name].append(x if rows is None else x[..., rows, :])  # tokens are the axis before the last
+
+
+def _check_attention(c: TransformerConfig) -> None:
+    if not c.windows:
+        raise ValueError("windows must name at least one layer's: (None,) is no window anywhere")
+    for window in c.windows:
+        if window is not None:
+            _check_count("a window", window)
+    dc = {f.name: f.default for f in fields(c) if f.name.startswith("dc_")}
+    if c.attention == "mha" and (idle := [name for name in dc if getattr(c, name) != dc[name]]):
+        raise ValueError(f"{', '.join(idle)} would have no effect: give attention='dcmha' with it")
+    if c.attention == "dcmha" and not (c.dc_pre or c.dc_post):
+        raise ValueError("attention='dcmha' composes before or after the softmax: dc_pre or dc_post")
+    if c.attention == "dcmha" and not (c.dc_query_side or c.dc_key_side or c.dc_static):
+        raise ValueError("attention='dcmha' composes nothing without dc_query_side, dc_key_side or dc_static")
 
 
 def _check_count(name: str, value: object, least: int = 1) -> None:
