@@ -10,6 +10,7 @@ BACKEND ?=
 SCHEDULER ?=
 PORT ?= 8000
 FILE ?=
+RUNS ?= 2
 MODELS ?=
 PRETRAINED ?= yes
 
@@ -21,7 +22,7 @@ MADE_FROM := $(VENV)/made-from.txt
 INPUTS := { echo "$(CURDIR)"; cat requirements.txt pyproject.toml; }
 
 # In the environment, not on command lines: whatever a reader types into them arrives unquoted.
-export PROFILE CHAPTER PARAMS JOBS BACKEND SCHEDULER FILE MODELS PRETRAINED
+export PROFILE CHAPTER PARAMS JOBS BACKEND SCHEDULER FILE RUNS MODELS PRETRAINED
 # Where the runs of a chapter happen. RAY_ADDRESS, where it is set, is read by Ray itself.
 SPREAD := --jobs "$$JOBS" --backend "$$BACKEND" --scheduler "$$SCHEDULER"
 # One thread a process: two cores are slower with more (measured), and sums keep their order.
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 # Recipes `exec` what takes long: a SIGTERM to make then reaches it, not only the shell around it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book chapter evidence test bench serve models lint clean provenance
+.PHONY: help setup book chapter evidence repeat test bench serve models lint clean provenance
 
 help: ## this list
 	@echo "make TARGET [CHAPTER=…] [PROFILE=quick|standard|gpu|cluster] [PARAMS=\"a=1 b=two\"]"
@@ -47,6 +48,9 @@ evidence: setup ## record the standard evidence of one CHAPTER or of all; stop a
 	@test "$$PROFILE" = quick || test "$$PROFILE" = standard || { \
 	  echo "evidence records the standard profile; for another: make chapter CHAPTER=… PROFILE=$$PROFILE" >&2; exit 2; }
 	@exec $(PY) -m lib.pipeline evidence "$$CHAPTER" --params "$$PARAMS" $(SPREAD)
+
+repeat: setup ## repeat RUNS=2 runs of each experiment recorded by older code, of one CHAPTER or of all; compare
+	@exec $(PY) -m lib.evidence repeat "$${CHAPTER:-all}" --runs "$$RUNS"
 
 test: setup ## every test: library, doctests, chapters (nbmake), the rendered book in a browser
 	@$(PY) -c "import distributed" 2>/dev/null || \

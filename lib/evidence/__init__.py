@@ -2,9 +2,9 @@
 
 A chapter uses `Chapter` (`chapter.py`) and `lib.metrics.intervals`. Underneath: `claims` (declared),
 `rows` and `plans` (append-only files, and what they are to hold), `locks` (one recorder at a time), `code`
-and `provenance` (what made a row), `progress` and `forecast` (how far, how long), `experiment` (rows as
-tables), `verdict` (decided), `tables` (shown), `ledger` (all chapters together). `python -m lib.evidence
---help` for the commands.
+and `provenance` (what made a row), `progress` and `forecast` (how far, how long), `repeat` and `agreement`
+(do rows of older code still hold), `experiment` (rows as tables), `verdict` (decided), `tables` (shown),
+`ledger` (all chapters together). `python -m lib.evidence --help` for the commands.
 """
 
 from lib.evidence.chapter import Chapter

@@ -1,4 +1,4 @@
-"""`python -m lib.evidence check | figure FILE | ledger | mend FILE | replan FILE`."""
+"""`python -m lib.evidence check | figure FILE | ledger | mend FILE | repeat TARGET | replan FILE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from lib.evidence import forecast, ledger, mend, rows
+from lib.evidence import forecast, ledger, mend, repeat, rows
 from lib.evidence.claims import load_claims
 from lib.evidence.files import EvidenceError, named
 from lib.paths import BOOK, BUILD, EVIDENCE, ROOT
@@ -33,6 +33,15 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
         "mend", help="move the damaged lines of a file of rows to FILE.damaged; all others stay"
     )
     mend_.add_argument("file", type=Path)
+    repeat_ = commands.add_parser(
+        "repeat", help="repeat a few standard runs recorded by older code, and compare their results"
+    )
+    repeat_.add_argument("target", metavar="FILE|CHAPTER|all")
+    repeat_.add_argument("--runs", type=int, default=repeat.RUNS, help="of each file (default: %(default)s)")
+    repeat_.add_argument(
+        "--seconds", type=float, default=repeat.SECONDS,
+        help="leave out runs that took more core-seconds (default: %(default)g)",
+    )  # fmt: skip
     asked = parser.parse_args(argv)
     if asked.command == "check":
         return check(root)
@@ -42,6 +51,8 @@ def main(argv: list[str] | None = None, *, root: Path = ROOT) -> int:
         return replan(asked.file, root)
     if asked.command == "mend":
         return show_mended(asked.file, root)
+    if asked.command == "repeat":
+        return repeated(asked.target, asked.runs, asked.seconds, root)
     return show_ledger()
 
 
@@ -154,6 +165,24 @@ def show_mended(file: Path, root: Path = ROOT) -> int:
     if done.homeless:
         print(f"{done.homeless} rows stay, but what says which machine made them was damaged.")
     return 0
+
+
+def repeated(target: str, runs: int, seconds: float, root: Path = ROOT) -> int:
+    """Repeat a few runs of older code. 0 if they came out as recorded or none was to do, else 1."""
+    try:
+        fine = repeat.repeat(repeat.files(target, root), runs=runs, seconds=seconds, root=root)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if not fine:
+        print(
+            "Not everything was repeated with the same result. Where one differs, "
+            "`make evidence CHAPTER=…` records every run anew.",
+            file=sys.stderr,
+        )
+    return 0 if fine else 1
 
 
 def show_ledger() -> int:

@@ -137,12 +137,13 @@ class Chapter:
     ) -> Experiment:
         """Run what is missing of grid x seeds, recording each run as it finishes; then read all of it back.
 
-        run(settings, *, seed, scratch=None) -> dict of named numbers, defined in a module. inputs: data and
-        model files that it reads, recorded by digest. time_limit: seconds for one attempt at a run. per_gpu:
-        runs that share a GPU. Rows of `quick` stay in build/, those of other profiles are evidence. Raises
-        EvidenceError if a file of rows was damaged, is of another schema, was planned with other settings, or
-        is being recorded into by another process, or if the code was edited after this process loaded it;
-        ValueError on an empty or repeated grid.
+        run(settings, *, seed, scratch=None) -> dict of named numbers, defined in a module; names in `_s` are
+        times or speeds, which a repetition need not give again. inputs: data and model files that it reads,
+        recorded by digest. time_limit: seconds for one attempt at a run. per_gpu: runs that share a GPU. Rows
+        of `quick` stay in build/, those of other profiles are evidence. Raises EvidenceError if a file of
+        rows was damaged, is of another schema, was planned with other settings, or is being recorded into by
+        another process, or if the code was edited after this process loaded it; ValueError on an empty or
+        repeated grid.
         """
         self._take(f"experiment {name}", name)
         grid = [rows.plain(dict(settings), "settings") for settings in grid]
@@ -305,7 +306,7 @@ class Chapter:
             claim=claim.id, profile=source.profile, verdict=verdict, reason=reason, quantity=claim.quantity,
             unit=claim.unit, holds=str(claim.holds), provenance=source.line(), recorded=source.recorded,
             declaration=claim.declaration, runs=source.wanted,
-            lacking=source.missing + source.failed + source.stale, **numbers,
+            lacking=source.lacking, differing=source.agreement.differ, **numbers,
         )  # fmt: skip
         self._verdicts[claim.id, source.profile] = found
         self._write()

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from lib.evidence.agreement import Agreement, compare
 from lib.evidence.files import EvidenceError
-from lib.evidence.rows import Recorded, run_key
+from lib.evidence.rows import Recorded, run_key, tries_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Source:
     frame: one row a finished run, in the order of the grid, with the settings, `seed`, the result, `wall_s`
     and `core_s` as columns. provenance: what the runs were made by, oldest first. live: at the profile of
     this execution. wanted, failed, stale: runs that the grid asks for; that failed; recorded by older code.
+    agreement: how runs that the present code repeated compare with the stale ones.
     """
 
     frame: pd.DataFrame
@@ -28,11 +30,17 @@ class Source:
     failed: int = 0
     stale: int = 0
     recorded: str = ""
+    agreement: Agreement = Agreement()
 
     @property
     def missing(self) -> int:
         """Runs that the grid asks for and nobody has executed yet."""
         return self.wanted - len(self.frame) - self.failed
+
+    @property
+    def lacking(self) -> int:
+        """Runs missing for a verdict: not executed, failed, or stale with nothing to vouch for them."""
+        return self.missing + self.failed + (0 if self.agreement.vouches else self.stale)
 
     def line(self) -> str:
         """Profile, runs, device, machine, version, dates; then what is missing, failed, stale."""
@@ -60,14 +68,15 @@ class Source:
         return [
             (self.missing, "not executed yet"),
             (self.failed, "recorded as failed"),
-            (self.stale, "recorded by older code"),
+            (self.stale, "; ".join(filter(None, ["recorded by older code", self.agreement.words()]))),
         ]
 
     def as_dict(self) -> dict:
         """For a figure's metadata."""
         return {
             "profile": self.profile, "live": self.live, "runs": len(self.frame), "wanted": self.wanted,
-            "failed": self.failed, "stale": self.stale, "recorded": self.recorded,
+            "failed": self.failed, "stale": self.stale, "repeated": self.agreement.repeated,
+            "differing": self.agreement.differ, "recorded": self.recorded,
             "provenance": list(self.provenance),
         }  # fmt: skip
 
@@ -104,9 +113,9 @@ def source(
     found: Recorded, *, grid: Sequence[dict], seeds: Sequence[int], profile: str, code: str, live: bool
 ) -> Source:
     """What `found` holds on the runs of grid x seeds: of each the newest row. Other rows are ignored."""
-    newest = {run_key(row["settings"], row["seed"]): row for row in found.rows}
     wanted = [run_key(settings, seed) for settings in grid for seed in seeds]
-    rows = [newest[key] for key in wanted if key in newest]
+    tries = tries_of(found, wanted)
+    rows = [tries[key][-1] for key in wanted if key in tries]
     done = [row for row in rows if not row.get("failed")]
     dates = sorted({row["recorded"][:10] for row in done})
     used = dict.fromkeys(row["provenance"] for row in done)
@@ -119,6 +128,7 @@ def source(
         failed=len(rows) - len(done),
         stale=sum(row["code"] != code for row in done),
         recorded=" to ".join(dict.fromkeys(dates[:1] + dates[-1:])),
+        agreement=compare(tries, code, found.provenance),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lib.evidence import plans, rows
+from lib.evidence.agreement import Agreement, compare
 from lib.evidence.code import named_digest
 from lib.paths import EVIDENCE, ROOT
 
@@ -25,6 +26,7 @@ class Forecast:
 
     current: finished, by the code as it is now; stale: by other code only; failed: never finished; missing:
     not in the file. core_s, wall_s: seconds to come, None if no run tells; note: what to know about these.
+    agreement: how runs that the code as it is now repeated compare with the stale ones.
     """
 
     chapter: str
@@ -37,6 +39,7 @@ class Forecast:
     core_s: float | None
     wall_s: float | None
     note: str = ""
+    agreement: Agreement = Agreement()
 
     @property
     def todo(self) -> int:
@@ -44,10 +47,11 @@ class Forecast:
 
     def counted(self) -> str:
         """How many planned runs are recorded, and what became of the others."""
+        compared = f" ({said})" if (said := self.agreement.words()) else ""
         rest = [
             f"{count} {what}"
             for count, what in [
-                (self.stale, "by other code"), (self.failed, "failed"), (self.missing, "missing")
+                (self.stale, f"by other code{compared}"), (self.failed, "failed"), (self.missing, "missing")
             ]
             if count
         ]  # fmt: skip
@@ -84,10 +88,7 @@ def standing(
 ) -> Forecast:
     """The Forecast of one file of rows."""
     planned = plans.keys(found.plan) if found.plan else {}
-    by_run: dict[str, list[dict]] = {}
-    for row in found.rows:
-        if (key := rows.run_key(row["settings"], row["seed"])) in planned:
-            by_run.setdefault(key, []).append(row)
+    by_run = rows.tries_of(found, planned)
     code, note = _current_code(found, by_run, root)
     finished = {
         key: done
@@ -109,6 +110,7 @@ def standing(
         core_s=core_s,
         wall_s=None if core_s is None else max([core_s / jobs, *to_come]),  # no run is split
         note=note,
+        agreement=compare(by_run, code, found.provenance),
     )
 
 

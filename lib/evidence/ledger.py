@@ -30,6 +30,7 @@ _FROM_RUN = (
     "reason",
     "note",
     "provenance",
+    "differing",
 )
 
 
@@ -38,9 +39,9 @@ def build(*, claims: Path | None = None, folder: Path = BUILD) -> list[dict]:
 
     Keys: id, chapter, statement, kind, source, locator, paper_value, quantity, unit, holds, control_text,
     control_holds, tests, unrefereed; of the strongest verdict: verdict, value, interval, n, control, profile,
-    recorded, reason, note, provenance (profile is None if there is no verdict at all); live: the same keys of
-    the verdict at the profile that the chapter ran last, or None; remedy: the command that makes what is
-    missing, or "".
+    recorded, reason, note, provenance, differing (profile is None if there is no verdict at all); live: the
+    same keys of the verdict at the profile that the chapter ran last, or None; remedy: the command that makes
+    what is missing, or "".
     """
     entries = []
     runs: dict[str, tuple[dict, str]] = {}
@@ -89,12 +90,17 @@ def at_a_glance(entries: list[dict] | None = None, *, book: Path = BOOK) -> str:
 def missing(entries: list[dict]) -> str:
     """What the ledger lacks and which commands make it, as MyST; empty if nothing."""
     parts = []
+    recorded = [e for e in entries if e["profile"] not in (None, "quick") and e["remedy"]]
     for what, lacking in (
         ("have no verdict", [e for e in entries if e["profile"] is None]),
         ("rest on a quick run only", [e for e in entries if e["profile"] == "quick" and e["remedy"]]),
         (
             "rest on incomplete recorded evidence",
-            [e for e in entries if e["profile"] not in (None, "quick") and e["remedy"]],
+            [e for e in recorded if not e["differing"]],
+        ),
+        (
+            "rest on recorded runs whose results the present code does not give again",
+            [e for e in recorded if e["differing"]],
         ),
     ):
         if lacking:

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,15 @@ def plain(value: object, place: str = "value") -> object:
 def run_key(settings: Mapping, seed: int) -> str:
     """The name of one run: its settings and seed, as canonical JSON."""
     return canonical({"seed": plain(seed, "seed"), "settings": plain(settings, "settings")})
+
+
+def tries_of(found: Recorded, wanted: Iterable[str]) -> dict[str, list[dict]]:
+    """The rows of each wanted run that has any, by its key, oldest first."""
+    asked, tries = set(wanted), {}
+    for row in found.rows:
+        if (key := run_key(row["settings"], row["seed"])) in asked:
+            tries.setdefault(key, []).append(row)
+    return tries
 
 
 def content(row: Mapping) -> str:

@@ -41,7 +41,8 @@ class Verdict:
     recorded: str = ""
     declaration: str = ""
     runs: int = 0  # that the experiment behind it asks for; 0: computed on the page itself
-    lacking: int = 0  # of these, not executed, failed or stale
+    lacking: int = 0  # of these, not executed, failed, or stale with nothing to vouch for it
+    differing: int = 0  # of these, repeated by the present code with another result than the stale ones have
 
     def as_dict(self) -> dict:
         found = asdict(self)

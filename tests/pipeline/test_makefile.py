@@ -53,6 +53,7 @@ def test_make_alone_lists_every_target_and_creates_nothing(checkout):
         "book",
         "chapter",
         "evidence",
+        "repeat",
         "test",
         "bench",
         "provenance",
@@ -145,6 +146,12 @@ def test_where_runs_happen_arrives_too(ready):
     assert calls(ready) == [
         "-m|lib.pipeline|evidence|one|--params||--jobs|4|--backend|dask|--scheduler|tcp://a:1|"
     ]
+
+
+def test_runs_are_repeated_of_one_chapter_or_of_all(ready):
+    make(ready, "repeat")
+    make(ready, "repeat", "CHAPTER=one", "RUNS=3")
+    assert calls(ready) == [f"-m|lib.evidence|repeat|{what}|" for what in ("all|--runs|2", "one|--runs|3")]
 
 
 def test_clean_keeps_the_environment_and_the_evidence(ready):
