@@ -6,13 +6,14 @@ Also `lib.models.dcmha.DCMHA` in the same place.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lib.models.dcmha import DCMHA, rotate, rotation
-from lib.models.inputs import band
+from lib.models.inputs import band, check_count
 
 if TYPE_CHECKING:
     from lib.models.transformer import TransformerConfig
@@ -83,3 +84,23 @@ class ComposedAttention(DCMHA):
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> out (B, R, D) and, if explicit, the composed weights (B, H, R, T)."""
         return self.attend(x, mask=mask, rows=rows, computation="reference" if explicit else "fast")
+
+
+def check_attention(c: TransformerConfig) -> None:
+    """ValueError for windows that are none, and for switches of composition that would do nothing."""
+    if not isinstance(c.windows, (tuple, list)):
+        raise ValueError(
+            f"windows is a tuple, one entry a layer, repeated: ({c.windows!r},); got {c.windows!r}"
+        )
+    if not c.windows:
+        raise ValueError("windows must name at least one layer's: (None,) is no window anywhere")
+    for window in c.windows:
+        if window is not None:
+            check_count("a window", window)
+    dc = {f.name: f.default for f in fields(c) if f.name.startswith("dc_")}
+    if c.attention == "mha" and (idle := [name for name in dc if getattr(c, name) != dc[name]]):
+        raise ValueError(f"{', '.join(idle)} would have no effect: give attention='dcmha' with it")
+    if c.attention == "dcmha" and not (c.dc_pre or c.dc_post):
+        raise ValueError("attention='dcmha' composes before or after the softmax: dc_pre or dc_post")
+    if c.attention == "dcmha" and not (c.dc_query_side or c.dc_key_side or c.dc_static):
+        raise ValueError("attention='dcmha' composes nothing without dc_query_side, dc_key_side or dc_static")

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """ValueError unless value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def check_tokens(tokens: Tensor, *, vocab: int, max_tokens: int | None) -> None:
     """ValueError unless tokens is long, (B, T) or (B, T, S), not empty, within vocab, and T <= max_tokens."""
     if _dtype(tokens) != torch.long or tokens.dim() not in (2, 3) or not tokens.numel():

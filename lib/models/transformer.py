@@ -21,14 +21,14 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lib.choices import check_choice
-from lib.models.attention import Attention, ComposedAttention
-from lib.models.inputs import check_mask, check_rows, check_tokens
+from lib.models.attention import Attention, ComposedAttention, check_attention
+from lib.models.inputs import check_count, check_mask, check_rows, check_tokens
 from lib.models.interventions import (
     Erase,
     Intervention,
@@ -97,15 +97,15 @@ class TransformerConfig:
         for kind, allowed in CHOICES.items():
             check_choice(kind, getattr(self, kind), allowed)
         for name in ("vocab", "d_model", "n_heads", "n_layers", "dc_rank"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("d_head", "n_kv_heads", "d_mlp", "n_logits", "max_tokens"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least=0 if name == "d_mlp" else 1)
+                check_count(name, getattr(self, name), least=0 if name == "d_mlp" else 1)
         for name in ("norm_eps", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_attention(self)
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON brings a list
-        _check_attention(self)
         D, H = self.d_model, self.n_heads
         if self.d_head is None and D % H:
             raise ValueError(
@@ -179,7 +179,7 @@ class Trace:
 
     @property
     def attention_weight(self) -> Tensor:
-        """(L, B, H, T, T): row reads column, rows sum to 1. With `rows`: (L, B, H, R, T)."""
+        """(L, B, H, T, T): row reads column; with `rows`: (L, B, H, R, T). Uncomposed, rows sum to 1."""
         return self._tap("attention_weight")
 
     def _tap(self, name: str) -> Tensor:
@@ -196,7 +196,8 @@ class Transformer(nn.Module):
     init="default": embeddings and learned positions N(0, 0.5²); every other matrix N(0, 1/fan_in), W_O and
     W_2 further divided by √(2L), which keeps the stream from growing with depth; biases 0, norm scales 1.
     Draws follow the order of `named_parameters()`: embedding, positions, then layer by layer W_Q, W_K, W_V,
-    W_O, W_gate, W_1, W_2, then W_U. The global random state is neither read nor changed.
+    W_O, W_gate, W_1, W_2, then W_U; compositions of heads come from a generator of their own, so that
+    models of one seed agree in all else. The global random state is neither read nor changed.
     init="zeros": every matrix 0, for weights that are set by hand or loaded.
     """
 
@@ -214,14 +215,16 @@ class Transformer(nn.Module):
                 self.W_U = nn.Linear(c.d_model, c.n_out, bias=False)
             self.b_U = nn.Parameter(torch.empty(c.n_out)) if c.readout_bias else None
         self.to_empty(device="cpu")
-        self._draw(torch.Generator().manual_seed(seed), init)
+        self._draw(seed, init)
 
     @torch.no_grad()
-    def _draw(self, generator: torch.Generator, init: str) -> None:
+    def _draw(self, seed: int, init: str) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        composing = torch.Generator().manual_seed(seed + 2**40)  # so a seed gives mha and dcmha the same rest
         for name, weight in self.named_parameters():
             if part := re.fullmatch(r"(layers\.\d+\.attention)\.((?:pre|post)\..*)", name):
                 std = self.get_submodule(part[1]).init_std(part[2]) if init == "default" else 0.0
-                weight.normal_(0.0, std, generator=generator)
+                weight.normal_(0.0, std, generator=composing)
             elif weight.dim() == 1:  # biases, and the norms' scale and shift
                 weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif init == "zeros":
@@ -337,6 +340,8 @@ class Transformer(nn.Module):
         """The shape in words, on a few lines."""
         c = self.config
         grouped = f" on {c.kv_heads} key/value heads" if c.kv_heads != c.n_heads else ""
+        grouped += ", composed" * (c.attention == "dcmha") + ", QK norm" * c.qk_norm
+        grouped += f", windows {c.windows}" if set(c.windows) != {None} else ""
         return (
             f"Transformer, {self.n_parameters():,} parameters\n"
             f"  {c.n_layers} layers of width {c.d_model}, {'causal' if c.causal else 'bidirectional'}, "
@@ -369,26 +374,6 @@ def _keep(kept: dict[str, list[Tensor]], rows, **taps: Tensor | None) -> None:
     for name, x in taps.items():
         if name in kept:
             kept[name].append(x if rows is None else x[..., rows, :])  # tokens are the axis before the last
-
-
-def _check_attention(c: TransformerConfig) -> None:
-    if not c.windows:
-        raise ValueError("windows must name at least one layer's: (None,) is no window anywhere")
-    for window in c.windows:
-        if window is not None:
-            _check_count("a window", window)
-    dc = {f.name: f.default for f in fields(c) if f.name.startswith("dc_")}
-    if c.attention == "mha" and (idle := [name for name in dc if getattr(c, name) != dc[name]]):
-        raise ValueError(f"{', '.join(idle)} would have no effect: give attention='dcmha' with it")
-    if c.attention == "dcmha" and not (c.dc_pre or c.dc_post):
-        raise ValueError("attention='dcmha' composes before or after the softmax: dc_pre or dc_post")
-    if c.attention == "dcmha" and not (c.dc_query_side or c.dc_key_side or c.dc_static):
-        raise ValueError("attention='dcmha' composes nothing without dc_query_side, dc_key_side or dc_static")
-
-
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _divisors(n: int) -> str:
