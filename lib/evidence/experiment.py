@@ -42,6 +42,16 @@ class Source:
         """Runs missing for a verdict: not executed, failed, or stale with nothing to vouch for them."""
         return self.missing + self.failed + (0 if self.agreement.vouches else self.stale)
 
+    def where(self, **settings) -> pd.DataFrame:
+        """The runs with these settings, by seed. A setting that a run does not have counts as None."""
+        found = self.frame
+        for name, value in settings.items():
+            if name in found:
+                found = found[found[name].isna() if value is None else found[name] == value]
+            elif value is not None:
+                found = found.iloc[:0]
+        return found.sort_values("seed") if len(found) else found
+
     def line(self) -> str:
         """Profile, runs, device, machine, version, dates; then what is missing, failed, stale."""
         made = "Recorded" if not self.live else "Run" if self.wanted else "Computed for this page"

@@ -5,7 +5,6 @@ The scores are defined in `lib.metrics.linearity`, which exports what is here.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.choices import check_choice
+from lib.metrics.intervals import student_t
 from lib.metrics.moments import Centred, Moments, Solver, centred, without
 
 ESTIMATORS = ("held-out", "adjusted", "raw")
@@ -300,14 +300,3 @@ def solved(m: Centred, l: int) -> tuple[Centred, Tensor]:
 def inner(A: Tensor, B: Tensor) -> float:
     """tr(A' B)."""
     return float((A * B).sum())
-
-
-@functools.cache
-def student_t(level: float, degrees: int) -> float:
-    """t with P[|T| <= t] = level for Student's T. With t = sqrt(n) tan a the density in a is cos(a)^(n-1)."""
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    density = angle.cos().pow(degrees - 1)
-    below = torch.cat([torch.zeros(1), (density[1:] + density[:-1]).cumsum(0)])
-    i = int(torch.searchsorted(below, level * below[-1]))
-    share = float((level * below[-1] - below[i - 1]) / (below[i] - below[i - 1]))
-    return math.sqrt(degrees) * math.tan(float(angle[i - 1] + share * (angle[i] - angle[i - 1])))

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from lib.evidence import EvidenceError
+from lib.evidence.experiment import Source
 from lib.evidence.rows import RowStore, read
 from lib.figures import Figure, read_provenance, style
 
@@ -298,3 +299,13 @@ def test_a_sentence_for_a_meeting_stands_beside_the_verdict_on_its_claim(chapter
     book.settle("toy/built", book.live, 3, n=27, control=1)
     [row] = book.sentences({"toy/built": "It can be built."}).frame.to_dict("records")
     assert row["sentence"] == "It can be built." and "not supported" in row["verdict"]
+
+
+def test_a_source_finds_runs_by_their_settings_and_an_absent_setting_is_none():
+    runs = [{"arm": "a", "seed": 1}, {"arm": "a", "seed": 0, "width": 8}, {"arm": "b", "seed": 0}]
+    source = Source(pd.DataFrame(runs), "quick", ())
+    assert source.where(arm="a")["seed"].tolist() == [0, 1]
+    assert source.where(arm="a", width=None)["seed"].tolist() == [1]
+    assert source.where(arm="a", width=8)["seed"].tolist() == [0]
+    assert source.where(depth=None, arm="b")["seed"].tolist() == [0]
+    assert source.where(depth=2).empty and Source(pd.DataFrame(), "quick", ()).where(arm="a").empty

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.metrics.intervals import bootstrap, paired_bootstrap, proportion
+from lib.metrics.intervals import bootstrap, paired_bootstrap, proportion, student
 
 STATISTICS = {"mean": lambda v: sum(v) / len(v), "median": lambda v: (sorted(v)[1] + sorted(v)[2]) / 2}
 
@@ -125,3 +125,23 @@ def test_a_proportion_agrees_with_the_published_table_and_with_large_counts():
 def test_impossible_counts_are_refused(successes, trials):
     with pytest.raises(ValueError, match="0 <= successes <= trials"):
         proportion(successes, trials)
+
+
+def test_students_interval_is_the_textbooks():
+    half = 4.30265 * 2 / 3**0.5  # t(0.975, 2), s = 2
+    lo, hi = student([4.0, 6.0, 8.0])
+    assert (hi + lo) / 2 == pytest.approx(6) and (hi - lo) / 2 == pytest.approx(
+        4.30265 * 2 / 3**0.5, rel=1e-4
+    )
+
+
+def test_students_interval_covers_five_normal_values_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(size=(2_000, 5))
+    covered = [lo <= 0 <= hi for lo, hi in map(student, draws)]
+    assert 0.935 < np.mean(covered) < 0.965
+
+
+@pytest.mark.parametrize("sample", [[1.0], [], [1.0, float("nan")], [[1.0, 2.0]]])
+def test_students_interval_needs_two_finite_values(sample):
+    with pytest.raises(ValueError, match="2 finite values or more"):
+        student(sample)

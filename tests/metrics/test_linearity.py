@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.metrics.linear_fits import student_t
+from lib.metrics.intervals import student_t
 from lib.metrics.linearity import (
     ESTIMATORS,
     LinearityAccumulator,
