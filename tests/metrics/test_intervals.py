@@ -130,9 +130,7 @@ def test_impossible_counts_are_refused(successes, trials):
 def test_students_interval_is_the_textbooks():
     half = 4.30265 * 2 / 3**0.5  # t(0.975, 2), s = 2
     lo, hi = student([4.0, 6.0, 8.0])
-    assert (hi + lo) / 2 == pytest.approx(6) and (hi - lo) / 2 == pytest.approx(
-        4.30265 * 2 / 3**0.5, rel=1e-4
-    )
+    assert [lo, hi] == pytest.approx([6 - half, 6 + half], rel=1e-4)
 
 
 def test_students_interval_covers_five_normal_values_as_often_as_it_says():
