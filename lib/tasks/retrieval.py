@@ -7,7 +7,14 @@ tokens ("dense queries": more labels at little cost), each the sum of two embedd
     Recombination         query (i, v, j), j != i: attribute j of the item whose attribute i is v
 
 In a head of plain attention *where* to look and *what* to read there come as a fixed pair. Here the query
-chooses both, out of C W (or A (A - 1)) pairs, which is what composing heads by the query can do.
+asks for one of C W (or A (A - 1)) pairs. The two tasks differ in what that takes:
+
+    RelationalRetrieval   all values share their answers, so the query must *choose* what is read: logits that
+                          add a part of the item found and a part of the question cannot tell its values apart
+    Recombination         an answer names its attribute, so such a sum does: report all attributes of the
+                          item, and add a constant to the answers of the one that is asked for
+
+so Recombination tests only whether the item is found, RelationalRetrieval the choice too.
 
 Row 0 of the embedding table stands for nothing: it fills the tokens up to one number of rows, and belongs to
 a vector of zeros. Source: both tasks are ours, designed after the motivation of Xiao et al. 2024 (DCMHA),
@@ -258,8 +265,8 @@ class Recombination(_Prompt):
     def levels(self) -> dict[str, float]:
         """Best accuracy of models that miss a part of the question: what half a solution scores.
 
-        nothing: 1/(A V).  query: 1/V, some value of the attribute that the query asks for.  attribute: 1/N,
-        the asked attribute of some item.  item: 1/(A - 1), some attribute of the right item but the one named.
+        nothing: 1/(A V).  query: 1/V, some value of the attribute that is asked for.  attribute: 1/N, the
+        asked attribute of some item.  item: 1/(A - 1), some attribute of the right item, not the one named.
         """
         return {
             "nothing": self.chance,
@@ -274,7 +281,7 @@ class Recombination(_Prompt):
         return (names + [f"asks attribute {a}" for a in range(self.A)])[index]
 
     def all_asked(self) -> Tensor:
-        """Every query, (A, V, A, 3), at [i, v, j] the query (i, v, j); those with i = j are never drawn."""
+        """Every query, (A, V, A, 3), at [i, v, j] the query (i, v, j); i = j is never drawn."""
         return torch.cartesian_prod(*(torch.arange(n) for n in (self.A, self.V, self.A))).reshape(
             self.A, self.V, self.A, 3
         )

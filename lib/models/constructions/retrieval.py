@@ -88,7 +88,7 @@ def relational_retrieval(
 
 
 def _read_question(question: torch.nn.Module, key: Tensor, asks: Tensor, gain: float) -> None:
-    """w1 = one-hot(c) and w2 = gain · one-hot(w), through 2 H hidden units: "which key", "asks which value"."""
+    """w1 = one-hot(c) and w2 = gain · one-hot(w), through 2 H hidden units: which key, which value."""
     H = question.shape[-1]
     hidden, factors = question.W_1.weight, question.W_2.weight.view(2, H, 2 * H)
     for c in range(len(key)):
