@@ -93,8 +93,8 @@ def equivalence(
 
     baseline_compute: (n,), n >= 2 different; baseline_loss: (seeds, n). compute: a number or (m,); loss:
     (seeds,) or (seeds, m). Row s of both is the same seed: seeds, at least 3, are resampled whole.
-    curve: C_base is "interpolated" between neighbours on log-log axes, so that the baseline is worth exactly 1
-    of itself, or the "power" law fitted to all its points, which may miss each of them.
+    curve: C_base is "interpolated" between neighbours on log-log axes, so that the baseline is worth 1 of
+    itself, or the "power" law fitted to all its points, which may miss each of them.
     ValueError where a mean loss of ours lies outside the baseline's (that would be extrapolation: train the
     baseline for less or for longer), or where the baseline's mean loss does not fall from each compute to the
     next, in the sample or in a resample. The bootstrap covers too little for few seeds
@@ -161,7 +161,7 @@ def _weighted(C: np.ndarray, L: np.ndarray, c: float) -> tuple[float, float, flo
 
 
 def _best_constant(C: np.ndarray, L: np.ndarray) -> float:
-    """The c in [0, min L) of least squares: the best of a grid, then golden section between its neighbours."""
+    """The c in [0, min L) of least squares: the best of a grid, then golden section about it."""
     grid = L.min() * np.linspace(0, 1, 400, endpoint=False)
     i = int(np.argmin([_weighted(C, L, c)[2] for c in grid]))
     lo, hi = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]

@@ -223,6 +223,16 @@ def test_the_seed_decides_all_weights_and_the_first_draw_has_the_published_scale
     assert all(weight.eq(0).all() for name, weight in zeros.items() if "norm" not in name)
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(dc_rank=3), dict(dc_pre=False, dc_static=True)])
+def test_with_one_seed_all_arms_of_a_comparison_start_from_the_same_plain_weights(changes):
+    plain = Transformer(TransformerConfig(**SMALL, qk_norm=True), seed=5).state_dict()
+    composed = Transformer(TransformerConfig(**SMALL, qk_norm=True, attention="dcmha", **changes), seed=5)
+    extra = set(composed.state_dict()) - set(plain)
+    assert extra and all(re.match(r"layers\.\d\.attention\.(pre|post)\.", name) for name in extra)
+    for name, weight in plain.items():
+        assert torch.equal(composed.state_dict()[name], weight), name
+
+
 def test_every_weight_gets_a_gradient_through_the_model():
     model = transformer(dc_static=True, qk_norm=True, attention_bias=True, windows=(3, None))
     model(prompts()).logsumexp(dim=-1).mean().backward()
