@@ -70,6 +70,18 @@ def test_the_peak_is_what_was_alive_at_once():
     assert counter.alive == 0
 
 
+def test_memory_that_is_not_written_does_not_count_until_it_is():
+    with PeakFloats() as counter:
+        unused, used = torch.empty(1000), torch.empty(100)
+        assert counter.peak == 0
+        used[:10] = 1.0
+        used.add_(1.0)
+        del unused
+        x = used.new_empty(50)
+        x.zero_()
+    assert counter.peak == counter.alive == 150
+
+
 def test_the_peak_sees_the_backward_pass():
     x = torch.ones(100, requires_grad=True)
     with PeakFloats() as forward:

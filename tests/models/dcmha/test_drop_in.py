@@ -24,10 +24,12 @@ class SelfAttention(DCMHA):
     batch_first = False  # keeps nn.TransformerEncoderLayer off the fused path, which would bypass this module
 
     def forward(self, query, key, value, attn_mask=None, key_padding_mask=None, need_weights=False, **_):
-        mask = None if attn_mask is None else attn_mask == 0  # torch: True or -inf where a key is hidden
+        mask = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=query.device)
+        mask = mask.tril() if self.causal else mask
+        if attn_mask is not None:
+            mask = mask & (attn_mask == 0)  # torch writes True or -inf where a key is hidden
         if key_padding_mask is not None:
-            visible = (key_padding_mask == 0)[:, None].expand(-1, query.shape[1], -1)  # (B, T, T)
-            mask = visible if mask is None else visible & mask
+            mask = mask & (key_padding_mask == 0)[:, None]  # (B, T, T)
         return self.attend(query, mask=mask)[0], None
 
 
@@ -85,7 +87,7 @@ def test_the_file_alone_trains_in_an_empty_folder(tmp_path):
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     script = f"SITE = {str(Path(torch.__file__).parents[1])!r}\n{SCRIPT}"
     command = [sys.executable, *"-I -S -W error -c".split(), script]  # no PYTHONPATH, cwd or .pth files
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, last = (float(loss) for loss in done.stdout.split())
     assert first > 0.9 and last < 0.5 * first
@@ -151,6 +153,16 @@ def test_torchs_masks_mean_what_they_mean_in_multihead_attention(inputs):
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
             checked += 1
     assert checked == 6
+
+
+def test_a_causal_replacement_stays_causal_behind_a_padding_mask(inputs):
+    layer, x = encoder(causal=True), inputs(2, 6, 16).float()
+    changed, padding = x.clone(), torch.zeros(2, 6, dtype=torch.bool)
+    padding[0, 0] = True
+    changed[:, 3:] += 5
+    before, after = (layer(each, src_key_padding_mask=padding) for each in (x, changed))
+    torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=0)
+    assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=-1).min() > 1e-3
 
 
 def test_torchs_encoder_stacks_it_hides_the_padding_and_trains_it(inputs):
