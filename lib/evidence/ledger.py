@@ -144,8 +144,9 @@ def _entry(claim: Claim, run: dict, why: str) -> dict:
             "provenance": "",
         }
         return entry | empty | {"live": None, "remedy": f"make chapter CHAPTER={claim.chapter}"}
-    best = strongest([Verdict(**v) for v in valid]).as_dict()
-    live = next((v for v in valid if v["profile"] == run["profile"]), None)
+    verdicts = [Verdict(**v) for v in valid]  # what an older checkout wrote down gets today's defaults
+    best = strongest(verdicts).as_dict()
+    live = next((v.as_dict() for v in verdicts if v.profile == run["profile"]), None)
     incomplete = best["lacking"] > 0 or (
         best["profile"] == "quick" and (best["runs"] > 0 or claim.kind == "measurement")
     )

@@ -71,31 +71,37 @@ def saved_floats(run: Callable[[], object], weights: Iterable[Tensor]) -> float:
 class PeakFloats(TorchDispatchMode):
     """Floats (4 bytes) of tensors made inside this context that were alive at once, at most: `.peak`.
 
-    Every tensor that an operation of torch returns is followed until it is freed. Buffers inside one
-    operation are not seen.
+    Every tensor that an operation of torch returns is followed until it is freed; one that is not filled
+    (torch.empty) counts from its first use on, since a machine gives memory to what is written. Buffers
+    inside one operation are not seen.
     """
 
     def __init__(self):
         super().__init__()
         self.peak = self.alive = 0.0
-        self.seen: set[int] = set()
+        self.floats: dict[int, float] = {}  # by storage that is alive; 0: not filled yet
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        used = _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            storage = x.untyped_storage() if torch.is_tensor(x) else None
-            if storage is not None and id(storage) not in self.seen | before:
-                self.seen.add(id(storage))
-                floats = storage.nbytes() / 4
-                self.alive += floats
-                weakref.finalize(storage, self._freed, id(storage), floats)
+        filled = "empty" not in func.overloadpacket.__name__
+        for key, storage in (_storages(result) | used).items():
+            if key not in self.floats and key not in used:
+                self.floats[key] = 0.0
+                weakref.finalize(storage, self._freed, key)
+            if self.floats.get(key) == 0.0 and (filled or key in used):
+                self.floats[key] = storage.nbytes() / 4
+                self.alive += self.floats[key]
         self.peak = max(self.peak, self.alive)
         return result
 
-    def _freed(self, key: int, floats: float) -> None:
-        self.alive -= floats
-        self.seen.discard(key)
+    def _freed(self, key: int) -> None:
+        self.alive -= self.floats.pop(key)
+
+
+def _storages(tree: object) -> dict:
+    found = [x.untyped_storage() for x in tree_leaves(tree) if torch.is_tensor(x)]
+    return {id(storage): storage for storage in found}
 
 
 @contextmanager
