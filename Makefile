@@ -88,7 +88,7 @@ install:
 	  echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); this book needs Python 3.11 or later: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, about 1.9 GB and 2 to 6 minutes."
+	@echo "Setting up $(VENV): once, about 2.1 GB and 2 to 6 minutes."
 	@rm -f $(MADE_FROM)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PY) -m pip install --disable-pip-version-check -r requirements.txt

@@ -394,6 +394,10 @@ def use_of_depth(tell: Callable[[str], None]) -> list[Row]:
     return rows_of("bench_depth", tell)
 
 
+def composed_heads(tell: Callable[[str], None]) -> list[Row]:
+    return rows_of("bench_dcmha", tell)
+
+
 def rows_of(file: str, tell: Callable[[str], None]) -> list[Row]:
     """What `rows` of that file, beside this one, finds."""
     spec = importlib.util.spec_from_file_location(file, Path(__file__).with_name(f"{file}.py"))
@@ -403,7 +407,8 @@ def rows_of(file: str, tell: Callable[[str], None]) -> list[Row]:
     return [Row(*row) for row in module.rows(tell)]
 
 
-SECTIONS = (bound_search, verification, training, sweeps, linearity_scores, pretrained_models, use_of_depth)
+SECTIONS = (bound_search, verification, training, sweeps, linearity_scores, pretrained_models, use_of_depth,
+            composed_heads)  # fmt: skip
 
 
 # ---- the book --------------------------------------------------------------------------------------------

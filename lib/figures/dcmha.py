@@ -41,7 +41,7 @@ def who_reads_through_whom(
     rows, columns: what a query asks, the names of the C and W values.
     """
     C, W, H, _ = maps.shape
-    fig, axes = plt.subplots(C, W, figsize=(5.6, 5.6 * C / W + 0.9), squeeze=False, sharex=True, sharey=True)
+    fig, axes = plt.subplots(C, W, figsize=(5.6, 4.9 * C / W + 0.7), squeeze=False, sharex=True, sharey=True)
     most = np.abs(maps).max()
     for c in range(C):
         for w in range(W):
@@ -57,7 +57,7 @@ def who_reads_through_whom(
                 ax.set_ylabel(rows[c], fontsize=11)
     fig.supxlabel("read through the value of head", fontsize=12)
     fig.supylabel("pattern of head", fontsize=12)
-    bar = fig.colorbar(image, ax=axes.ravel().tolist(), location="bottom", shrink=0.8, aspect=36)
+    bar = fig.colorbar(image, ax=axes.ravel().tolist(), location="right", shrink=0.7, aspect=30)
     bar.set_label("weight of the pair")
     strongest = [
         f"{rows[c]}, {columns[w]}: head {g} through {h}"
