@@ -22,10 +22,21 @@ def test_composed_heads_answer_every_question_of_every_prompt(sizes, arithmetic)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_plain_heads_answer_every_question_too_but_one_is_needed_for_each_pair_of_attributes(sizes):
+def test_as_many_plain_heads_as_values_answer_every_question_too_if_they_are_wide(sizes):
     row = verify_retrieval(sizes)
     assert row["plain_errors"] == 0 and row["plain_margin"] > 0.9
-    assert row["plain_heads"] == sizes["C"] * sizes["W"]
+    assert row["plain_heads"] == sizes["W"]
+
+
+def test_plain_heads_without_a_place_to_rest_fail():
+    task = RelationalRetrieval(N=3, C=2, W=2, V=3, Q=7, sink=False)
+    prompts = task.batch(0, seed=1, size=200)
+    right = {}
+    for how in ("composed", "plain"):
+        model = relational_retrieval(task.C, task.K, task.W, task.V, how=how)
+        found = model(prompts.tokens, mask=task.mask(), rows=task.queries).argmax(dim=-1)
+        right[how] = (found == prompts.answer).double().mean().item()
+    assert right["composed"] == 1 and right["plain"] < 0.95
 
 
 def test_the_verification_sees_every_prompt_once():

@@ -10,8 +10,9 @@ w1 = one-hot(c) and w2 = gain · one-hot(w) (√H: w1 is divided by its root mea
     A'_w = A_w + gain √H A_c
 
 "fixed": the same without the composition; head h reads its own pattern and carries its own value. A control.
-"plain", H = C W heads of softmax attention. Head (c, w) finds by key c and carries value w; unless both are
-asked for, it looks at the query token itself, which carries nothing.
+"plain", H = W heads of softmax attention, C times as wide. Head w finds by all keys at once (a query names
+one of them) and carries value w; unless that is asked for, it looks at the query token itself, which carries
+nothing.
 """
 
 from __future__ import annotations
@@ -47,10 +48,7 @@ def relational_retrieval(
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} is a whole number of at least 1, got {size!r}")
     vocab = 1 + C * K + W * V + W
-    finds, carries = list(range(C)), list(range(W))  # by head: which key it finds by, which value it carries
-    if how == "plain":
-        finds, carries = [c for c in range(C) for _ in range(W)], carries * C
-    H, d, end = max(len(finds), len(carries)), max(K, V) + 1, max(K, V)
+    H, d = (W, max(C * K, V) + 1) if how == "plain" else (max(C, W), max(K, V))
     shape = dict(
         vocab=vocab, d_model=vocab + V, n_layers=1, n_heads=H, d_head=d, d_mlp=0, n_logits=V, norm="none",
         positions="none", causal=False,
@@ -69,19 +67,19 @@ def relational_retrieval(
 
     model.embedding.weight[1:, 1:vocab] = torch.eye(vocab - 1, dtype=dtype)  # row 0 is nothing
     model.W_U.weight[torch.arange(V), answer] = 1
-    for h, c in enumerate(finds):  # the value of key c meets itself
-        W_Q[h, torch.arange(K), key[c]] = sharpness * d**0.5
-        W_K[h, torch.arange(K), key[c]] = 1
-        W_K[h, :K, asks] = -1  # a query token holds a key too: it is not an item
-    for h, w in enumerate(carries):
-        W_V[h, torch.arange(V), value[w]] = 1
-        W_O[answer, h, torch.arange(V)] = 1
+    meets = [key.flatten()] * W if how == "plain" else list(key)  # by head: the values that meet themselves
+    for h, values in enumerate(meets):
+        at = torch.arange(len(values))
+        W_Q[h, at, values] = sharpness * d**0.5
+        W_K[h, at, values] = 1
+        W_K[h, : len(values), asks] = -1  # a query token holds a key too: it is not an item
+    for w in range(W):
+        W_V[w, torch.arange(V), value[w]] = 1
+        W_O[answer, w, torch.arange(V)] = 1
     if how == "plain":
-        for h, (c, w) in enumerate(zip(finds, carries, strict=True)):  # else a query looks at itself
-            others = key[[other for other in range(C) if other != c]].flatten()
-            W_Q[h, end, others] = sharpness * d**0.5
-            W_Q[h, end, asks[[other for other in range(W) if other != w]]] = 2 * sharpness * d**0.5
-            W_K[h, end, asks] = 1
+        for w in range(W):  # not asked for, a head looks at the query token
+            W_Q[w, -1, asks[torch.arange(W) != w]] = 2 * sharpness * d**0.5
+            W_K[w, -1, asks] = 1
     elif how == "composed":
         _read_question(attention.post.query, key, asks, 4 * H if gain is None else gain)
     return model
