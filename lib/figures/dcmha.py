@@ -41,7 +41,7 @@ def who_reads_through_whom(
     rows, columns: what a query asks, the names of the C and W values.
     """
     C, W, H, _ = maps.shape
-    fig, axes = plt.subplots(C, W, figsize=(5.6, 4.9 * C / W + 0.7), squeeze=False, sharex=True, sharey=True)
+    fig, axes = plt.subplots(C, W, figsize=(5.6, 4.1 * C / W + 0.8), squeeze=False, sharex=True, sharey=True)
     most = np.abs(maps).max()
     for c in range(C):
         for w in range(W):
@@ -51,7 +51,7 @@ def who_reads_through_whom(
             ax.set(xticks=range(H), yticks=range(H))
             ax.tick_params(length=0, labelsize=9)
             if c == 0:
-                ax.set_xlabel(columns[w], fontsize=11)
+                ax.set_xlabel(columns[w], fontsize=11 if W < 5 else 8.5)
                 ax.xaxis.set_label_position("top")
             if w == 0:
                 ax.set_ylabel(rows[c], fontsize=11)
