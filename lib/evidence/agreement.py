@@ -1,7 +1,8 @@
 """Whether the present code gives what older code gave, for the runs that a file of rows holds from both.
 
 Compared are the results as JSON, to the byte. A result named with the suffix `_s` is a time, or a speed (per
-second), which no repetition gives again: such a name must be there, its value may be any.
+second), which no repetition gives again: such a name must be there, its value may be any. So are, in a row
+that holds times in `_ms`, these, `turns_` of them, and what has `_ratio` or `_per_s` in its name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 
 from lib.evidence.plans import canonical
 
-TIMED = "_s"
 _PLACE = ("device", "machine", "python", "torch", "numpy")  # of a provenance: what may change the last digit
 _SHOWN = 60  # characters of a value
 
@@ -91,7 +91,7 @@ def compare(tries: Mapping[str, list[dict]], code: str, provenance: Mapping[str,
     timed = False
     for _, now, before in pairs(tries, code, older):
         checked.update(row["code"] for row in before)
-        timed |= any(name.endswith(TIMED) for name in now["result"])
+        timed |= any(is_timed(name, now["result"]) for name in now["result"])
         others = [row for row in before if untimed(row["result"]) != untimed(now["result"])]
         same += not others
         differ += bool(others)
@@ -102,7 +102,17 @@ def compare(tries: Mapping[str, list[dict]], code: str, provenance: Mapping[str,
 
 def untimed(result: Mapping) -> str:
     """A result as it must come out again: canonical JSON, of the timed parts only the names."""
-    return canonical({name: None if name.endswith(TIMED) else value for name, value in result.items()})
+    return canonical({name: None if is_timed(name, result) else value for name, value in result.items()})
+
+
+def is_timed(name: str, result: Mapping) -> bool:
+    """Whether a part of a result is a time, a speed, or made of such."""
+    in_ms = any(other.endswith("_ms") for other in result)
+    return (
+        name.endswith("_s")
+        or in_ms
+        and (name.endswith("_ms") or name.startswith("turns_") or "_ratio" in name or "_per_s" in name)
+    )
 
 
 def differences(before: Mapping, now: Mapping) -> list[str]:
@@ -111,7 +121,7 @@ def differences(before: Mapping, now: Mapping) -> list[str]:
     for name, value in now.items():
         if name not in before:
             lines.append(f"{name}: new, {_short(value)}")
-        elif not name.endswith(TIMED) and canonical(value) != canonical(before[name]):
+        elif not is_timed(name, now) and canonical(value) != canonical(before[name]):
             lines.append(f"{name}: {_change(before[name], value)}")
     return lines
 

@@ -6,7 +6,7 @@ import pytest
 
 from lib.evidence import ledger
 from lib.evidence.__main__ import main
-from lib.evidence.agreement import Agreement, differences
+from lib.evidence.agreement import Agreement, differences, is_timed
 from lib.evidence.code import code_digest, named_digest
 from lib.evidence.forecast import standing
 from lib.evidence.provenance import collect
@@ -371,3 +371,10 @@ def test_a_difference_names_the_part_and_its_size():
 def test_integers_and_floats_of_the_same_value_are_not_the_same_byte(root):
     assert differences({"a": 1}, {"a": 1.0}) == ["a: 1 → 1.0, by 0"]
     assert content({"result": {"a": 1}}) != content({"result": {"a": 1.0}})
+
+
+def test_ratios_are_timed_only_beside_times():
+    timing = {"a_ms": 1.5, "a_ratio": 2.0, "turns_a": [1], "tokens_per_s_a": 3.0, "flops": 7}
+    assert [name for name in timing if is_timed(name, timing)] == list(timing)[:4]
+    assert not is_timed("norm_ratio", {"norm_ratio": 0.5, "loss": 1.0})
+    assert differences(timing, timing | {"a_ratio": 9.0, "flops": 8}) == ["flops: 7 → 8, by 1"]
