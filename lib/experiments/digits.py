@@ -157,8 +157,8 @@ def untrained_model(chosen: DigitsSettings, *, seed: int) -> Transformer:
     """The model of an arm at step 0. Its patch embedding starts linear: value v of a pixel is v/16 of 16.
 
     A table drawn entry by entry knows of no order among the 17 values: with it a pilot stayed ten points of
-    accuracy behind, below a linear classifier. Beginning elsewhere, the arms share what `Transformer` draws
-    before their first composition: embeddings, positions, and the projections of layer 0.
+    accuracy behind, below a linear classifier. In all else the arms of a seed begin alike, wherever their
+    weights have the same shape.
     """
     model = Transformer(chosen.config(), seed=seed)
     rows = model.embedding.weight.view(chosen.patch**2, LEVELS + 1, chosen.d_model)
