@@ -74,8 +74,7 @@ def test_a_build_that_rendered_nothing_has_no_row(tmp_path):
 
 
 def test_pretrained_models_have_sections_and_a_missing_one_is_told(tmp_path, monkeypatch, capsys):
-    own = [bench.linearity_scores, bench.pretrained_models, bench.use_of_depth]
-    assert list(bench.SECTIONS[-3:]) == own
+    assert {bench.linearity_scores, bench.pretrained_models, bench.use_of_depth} <= {*bench.SECTIONS}
     monkeypatch.setenv("PROOF_AND_PROBE_CACHE", str(tmp_path))  # where no model is
     monkeypatch.setattr(bench, "SECTIONS", (bench.pretrained_models,))
     monkeypatch.setattr(bench, "rendering", list)
@@ -84,6 +83,17 @@ def test_pretrained_models_have_sections_and_a_missing_one_is_told(tmp_path, mon
     printed = capsys.readouterr()
     assert "what needs it was not timed. `make models` fetches it" in printed.out
     assert "tokens/s" not in printed.out and "not on this machine: make models" in printed.err
+
+
+@pytest.mark.slow
+def test_composed_heads_have_a_section_whose_rows_are_rows_of_the_table():
+    file = Path(bench.__file__).with_name("bench_dcmha.py")
+    spec = importlib.util.spec_from_file_location("bench_dcmha", file)
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    made = [bench.Row(*row) for row in own.rows(turns=1, shapes=[(1, 24, 32, 4, "<= 9")])]
+    assert bench.composed_heads in bench.SECTIONS
+    assert [row.asked for row in made[:3]] == ["<= 9", "", ""] and all(row.cells() for row in made)
 
 
 @pytest.mark.slow
