@@ -1,5 +1,6 @@
 """Pictures of composed heads: they draw what they are given, and their alt texts say it."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -62,3 +63,4 @@ def test_a_point_outside_its_interval_is_refused():
     wrong = curve([2, 8], [0.2, 0.9]).assign(hi=0.0)
     with pytest.raises(ValueError, match="outside its interval"):
         draw.against_width({"plain": wrong}, "Wider.", xlabel="width", ylabel="accuracy")
+    plt.close("all")  # what was begun
