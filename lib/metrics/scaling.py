@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.choices import check_choice
-from lib.metrics.intervals import Interval, student_t
+from lib.metrics.intervals import Interval, student
 
 CURVES = ("interpolated", "power")
 
@@ -125,11 +125,10 @@ def equivalence(
         outside += int(((o < b.min()) | (o > b.max())).sum())
     ends = np.exp(np.quantile(found, [(1 - level) / 2, (1 + level) / 2]))
     each = np.array([log_ratio(b, o) for b, o in zip(base, ours, strict=True)])
-    half = student_t(level, n - 1) * each.std(ddof=1) / math.sqrt(n)
     return Equivalence(
         math.exp(whole),
         Interval(*map(float, ends)),
-        Interval(math.exp(each.mean() - half), math.exp(each.mean() + half)),
+        Interval(*map(math.exp, student(each, level=level))),
         outside / (resamples * len(ours_C)),
     )
 

@@ -18,6 +18,7 @@ from lib.pipeline.layout import Chapter, Layout
 # which is not imported for it, since it brings torch.
 BACKENDS = {"local": "joblib", "dask": "distributed", "ray": "ray"}
 SPREAD = ("jobs", "backend")  # parameters that say where runs happen; no result depends on them
+FILES = {"model": (".gguf",), "corpus": (".txt",), "tokenizer": (".json",)}  # may be paths
 CONNECT_S = 3.0  # to reach the scheduler
 INSTALL = ".venv/bin/python -m pip install -r requirements-cluster.txt"
 
@@ -77,7 +78,7 @@ def plan(
     known = {c.name: parameters_of(c) for c in chosen}
     problems += _parameter_problems(chapter, known, given)
     problems += _spread(given, scheduler)
-    problems += _model(given)
+    problems += _paths(given)
     if "device" in given:
         problems += _device(str(given["device"]), check_machine=not problems)
     if chapter in known and "profile" not in known[chapter] and profile != PROFILES[0]:
@@ -112,15 +113,17 @@ def _spread(given: dict, scheduler: str) -> list[str]:
     return problems
 
 
-def _model(given: dict) -> list[str]:
-    """Make the path of a model absolute, since kernels start elsewhere; told: a path that leads nowhere."""
-    name = str(given.get("model", ""))
-    path = Path(name).expanduser()
-    if name and path.exists():
-        given["model"] = str(path.resolve())
-    elif path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
-        return [f"model={name}: no such file or folder, looked for from {Path.cwd()}"]
-    return []
+def _paths(given: dict) -> list[str]:
+    """Make what may be a path absolute, since kernels start elsewhere; told: a path that leads nowhere."""
+    problems = []
+    for key, endings in FILES.items():
+        name = str(given.get(key, ""))
+        path = Path(name).expanduser()
+        if name and path.exists():
+            given[key] = str(path.resolve())
+        elif path.suffix in endings or path.is_absolute() or name.startswith((".", "~")):
+            problems.append(f"{key}={name}: no such file or folder, looked for from {Path.cwd()}")
+    return problems
 
 
 def _is_address(scheduler: str) -> bool:

@@ -187,6 +187,16 @@ def test_the_path_of_a_model_is_made_absolute_and_must_lead_somewhere(toy, monke
     assert found == f"model=other.gguf: no such file or folder, looked for from {toy.root}"
 
 
+def test_so_is_that_of_a_corpus_and_of_its_tokenizer(toy, monkeypatch):
+    toy.chapter("one", ["1"], parameters='corpus = "none"\ntokenizer = "austen"')
+    monkeypatch.chdir(toy.root)
+    toy.write("book.txt", "words")
+    (job,) = plan(toy.layout, chapter="one", profile="quick", params="corpus=book.txt tokenizer=a/b")
+    assert job.parameters == {"corpus": str(toy.root / "book.txt"), "tokenizer": "a/b"}
+    found = problems(toy, chapter="one", params="corpus=nope.txt tokenizer=./nothing")
+    assert [line.partition(":")[0] for line in found] == ["corpus=nope.txt", "tokenizer=./nothing"]
+
+
 def test_a_page_of_the_contents_that_is_no_file_is_a_mistake(toy):
     (toy.root / "book/two.ipynb").unlink()
     assert "'book/two'" in problems(toy)[0]
